@@ -10,7 +10,7 @@ QUICK := not system and not thorough and not same_bits and not parity and not co
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check configuration pretrain site verification clean
+.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study short-study three-steps animal-reward guard held-out window saved-calls step-counts overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check configuration pretrain site verification clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -63,14 +63,22 @@ bench: $(VENV)/installed
 window: $(VENV)/installed
 	$(BIN)/python -m benchmarks.window
 
+saved-calls: $(VENV)/installed
+	$(BIN)/python -m benchmarks.saved_calls
+
+# ONLY=colocated prints that table alone; the names are those of --only.
 overlap: $(VENV)/installed
-	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.overlap $(if $(ONLY),--only $(ONLY))
 
 broadcast: $(VENV)/installed
 	$(BIN)/python -m benchmarks.broadcast
 
 whole-network: $(VENV)/installed
 	$(BIN)/python -m benchmarks.whole_network
+
+# Kernels, bytes and host waits of a step, counted without a GPU.
+step-counts: $(VENV)/installed
+	$(BIN)/python -m benchmarks.step_counts
 
 scale: $(VENV)/installed
 	$(BIN)/python -m benchmarks.scale
@@ -115,6 +123,10 @@ algorithm-study: $(VENV)/installed
 	$(BIN)/python -m benchmarks.algorithm_study --run --jobs 2
 	$(BIN)/python -m benchmarks.algorithm_study_costs
 	$(BIN)/python -m benchmarks.algorithm_study --chart
+
+short-study: $(VENV)/installed
+	$(BIN)/python -m benchmarks.short_study --run
+	$(BIN)/python -m benchmarks.short_study --chart
 
 three-steps: $(VENV)/installed
 	rm -rf runs/three-steps

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from ray_ddpo.actors.rewards.contract import under_contract
 from ray_ddpo.actors.rewards.failure import scoring_failed
-from ray_ddpo.actors.rewards.reward import LoadedReward, Reward, RewardMistake
+from ray_ddpo.actors.rewards.reward import LoadedReward, Metered, Reward, RewardMistake
 from ray_ddpo.actors.rewards.reward_trial import load_reward, try_rewards
 from ray_ddpo.actors.rewards.score_cache import ScoreCache
 from ray_ddpo.common.base_parts import Base, entry_base
@@ -17,7 +17,7 @@ from ray_ddpo.common.packages import require_packages
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
 from ray_ddpo.common.role_loading import loading
 from ray_ddpo.common.runtime import python_stacks, settle, torch_settings_kept
-from ray_ddpo.common.trajectory import ImageBatch, Scores
+from ray_ddpo.common.trajectory import ImageBatch, Scores, summed_usage
 from ray_ddpo.common.user_code.blame import converting_errors
 
 
@@ -38,13 +38,17 @@ class RewardWorker:
         """
         self._called = f"RewardWorker of {', '.join(rewards)}"
         self._rewards: dict[str, LoadedReward] = {}
+        self._meters: dict[str, Metered] = {}
         device = settle(runtime)
         self._base: Base = {}
         for name, reward in rewards.items():
             with torch_settings_kept(), loading(f"the reward is {name!r}", reward.needs):
                 # Again here, because this may be another machine than the driver's.
                 require_packages(f"the recipe's reward.{name}", *reward.required_packages)
-                self._rewards[name] = under_contract(load_reward(reward, device), f"the reward {name!r}")
+                loaded = load_reward(reward, device)
+                self._rewards[name] = under_contract(loaded, f"the reward {name!r}")
+                if isinstance(loaded, Metered):
+                    self._meters[name] = loaded
             self._base |= entry_base(reward, "reward", reward.needs(), name)
         if tried:
             try_rewards(rewards, self._rewards)
@@ -111,7 +115,7 @@ class RewardWorker:
                 dropped[int(row)] = f"the reward {name!r} gave {number} for the image of {prompt!r}"
                 values[row] = np.nan
         machines = frozenset({self._machine})
-        return Scores(rewards, time.perf_counter() - start, dropped, machines)
+        return Scores(rewards, time.perf_counter() - start, dropped, machines, self._usage())
 
     def score_together(self, cuts: tuple[tuple[int, int], ...], *images: ImageBatch) -> list[Scores]:
         """Score images of several tasks as one batch, for rewards that are independent of the batch.
@@ -138,7 +142,16 @@ class RewardWorker:
             parts.append(self.score(images, row, row + 1))
         rewards = {name: np.concatenate([part.rewards[name] for part in parts]) for name in self._rewards}
         dropped = {row: reason for row, part in enumerate(parts) for reason in part.dropped.values()}
-        return Scores(rewards, time.perf_counter() - start, dropped)
+        usage = summed_usage([part.usage for part in parts])
+        return Scores(rewards, time.perf_counter() - start, dropped, usage=usage)
+
+    def _usage(self) -> dict[str, float]:
+        """Return what the rewards cost since the last call, also in calls that failed."""
+        return {
+            f"{name}/{count}": value
+            for name, meter in self._meters.items()
+            for count, value in meter.take_usage().items()
+        }
 
     def _score_all(self, name: str, reward: LoadedReward, images: ImageBatch, wanted: range) -> Float[np.ndarray, "B"]:
         """Score the wanted rows with one reward, batch by batch. Raise ScoringFailed if the reward raises."""
@@ -158,8 +171,10 @@ class RewardWorker:
 
 
 def _rows(scores: Scores, first: int, last: int) -> Scores:
-    """Return the scores of some rows of a batch, with their share of its seconds."""
+    """Return the scores of some rows of a batch, with their share of its seconds and costs."""
     count = len(next(iter(scores.rewards.values())))
     rewards = {name: values[first:last] for name, values in scores.rewards.items()}
     dropped = {row - first: reason for row, reason in scores.dropped.items() if first <= row < last}
-    return Scores(rewards, scores.seconds * (last - first) / count, dropped, scores.machines)
+    share = (last - first) / count
+    usage = {name: value * share for name, value in scores.usage.items()}
+    return Scores(rewards, scores.seconds * share, dropped, scores.machines, usage)

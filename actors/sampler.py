@@ -10,19 +10,22 @@ import torch
 from jaxtyping import Float, UInt8
 
 from ray_ddpo.actors.task_care import PLAIN, Care
-from ray_ddpo.common.base_parts import Base
+from ray_ddpo.common.base_parts import Base, entry_base
+from ray_ddpo.common.diffusion.execution import compile_sampling, set_up_execution
+from ray_ddpo.common.diffusion.given_trajectories import given_trajectories
+from ray_ddpo.common.diffusion.path_kl import PathKL, refuse_without_adapters
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.diffusion.policy_trial import load_checked, try_sampling
 from ray_ddpo.common.diffusion.prompt_lengths import cut_prompts_in_words
-from ray_ddpo.common.diffusion.rollout import refuse_window_without_noise, sample_trajectories
-from ray_ddpo.common.machine import this_machine
+from ray_ddpo.common.diffusion.rollout import SharedPrefix, refuse_window_without_noise, sample_trajectories
+from ray_ddpo.common.machine import measured_machine
 from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.print_line import print_line
-from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.prompts import Prompt, PromptSource
 from ray_ddpo.common.recipe.tables import RuntimeTable, SamplingTable
 from ray_ddpo.common.runtime import python_stacks, settle
 from ray_ddpo.common.schedule import Place, Task
-from ray_ddpo.common.trajectory import ImageBatch, TaskReport, Trajectory, image_fingerprints
+from ray_ddpo.common.trajectory import ImageBatch, TaskReport, Trajectory, image_fingerprints, thumbnails
 
 
 class Sampler:
@@ -35,12 +38,14 @@ class Sampler:
         runtime: RuntimeTable,
         tried_on: tuple[Prompt, ...] = (),
         checked: Sequence[str] = (),
+        source: PromptSource | None = None,
     ) -> None:
         """Load the policy.
 
         Args:
             tried_on: prompts to try a user's model family on. Without any, the family is not tried.
             checked: prompts to check for their length. A line is printed if text encoders truncate any.
+            source: the prompt source, if it gives images, which training tasks encode in place of denoising.
         """
         self._called = f"Sampler of {policy.model}"
         device = settle(runtime)
@@ -50,12 +55,17 @@ class Sampler:
         if cut := cut_prompts_in_words(self._policy.text_readers(), checked, sampling):
             print_line(cut)
         refuse_window_without_noise(self._policy, sampling)
-        if policy.is_compiled("sampler"):
-            self._policy.compile(sampling.batch_size)
+        if sampling.kl_reward:
+            refuse_without_adapters(self._policy)
+        set_up_execution(policy, self._policy, "sampler", sampling.batch_size)
+        compile_sampling(policy, self._policy, sampling)
         self._base = policy.loaded_base("sampler")
+        self._images = source.load_images() if source else None
+        if source:
+            self._base = self._base | entry_base(source, "prompts", source.needs())
         self._dtype = str(policy.dtype_of("sampler")).removeprefix("torch.")
         self._sampling = sampling
-        self._machine = this_machine(device)
+        self._machine = measured_machine(device, policy.dtype_of("sampler"))
         self._fingerprint = ""
         self._num_loaded_params = 0
         self._forgotten: set[Place] = set()
@@ -76,6 +86,10 @@ class Sampler:
     def stacks(self) -> str:
         """Return the stacks of this process's threads. Answered from a separate thread while a task is sampled."""
         return python_stacks()
+
+    def sleep(self) -> None:
+        """Return the memory of activations to the GPU, which is the learner's next. Weights stay; a task wakes it."""
+        self._policy.sleep()
 
     def forget(self, place: Place) -> None:
         """Skip this task unless it was begun, because another sampler runs it. Callable while a task is sampled."""
@@ -109,48 +123,76 @@ class Sampler:
         if care.one_by_one == "all":
             self._try_out(task, care, note)
             return None, None, None
-        trajectory = self._denoise(task, care)
-        pixels, undecoded = self._decode(trajectory.final_latents, care, note)
+        path_kl = PathKL(self._policy) if task.trains and self._sampling.kl_reward else None
+        trajectory = self._denoise(task, care, path_kl, given := self._given(task))
+        pixels, undecoded = self._decode(trajectory.final_latents, care, note) if given is None else (given, set())
         dropped = self._not_finite(trajectory, undecoded, task) | care.left_out
         if dropped:
             pixels = pixels.copy()
             pixels[list(dropped)] = 0
         seconds = time.perf_counter() - start
-        fingerprints = image_fingerprints(pixels)
         report = TaskReport(
             task,
             self._fingerprint,
             self._num_loaded_params,
             trajectory.num_bytes if task.trains else 0,
             seconds,
-            tuple("" if row in dropped else found for row, found in enumerate(fingerprints)),
+            tuple("" if row in dropped else found for row, found in enumerate(image_fingerprints(pixels))),
             f"{socket.gethostname()}/{os.getpid()}",
             self._machine,
             dropped,
+            path_kl.nats() if path_kl else (),
+            tuple(each.tobytes() for each in thumbnails(pixels)) if task.trains and self._sampling.thumbnails else (),
         )
         return report, trajectory if task.trains else None, ImageBatch(pixels, task.prompts)
 
-    def _denoise(self, task: Task, care: Care) -> Trajectory:
+    def _given(self, task: Task) -> UInt8[np.ndarray, "B H W 3"] | None:
+        """Return the images of a task whose prompts give them; None if its images are to be sampled."""
+        if self._images is None or not task.trains:
+            return None
+        assert self._image_size is not None, "a family that encodes images knows their size"
+        return self._images.pixels(task.prompts, self._image_size)
+
+    def _denoise(
+        self, task: Task, care: Care, path_kl: PathKL | None, given: UInt8[np.ndarray, "B H W 3"] | None
+    ) -> Trajectory:
         """Sample the task's trajectories. Another image replaces one that is left out, so that shapes stay equal."""
         rows = list(range(len(task.seeds)))
         sampled = [row for row in rows if row not in care.not_sampled]
         if not sampled:
             raise ValueError(f"every image of {task.title} ends the process of the sampler that samples it")
         rows = [sampled[0] if row in care.not_sampled else row for row in rows]
+        return self._trajectories(task, rows, path_kl, given)
+
+    def _trajectories(
+        self,
+        task: Task,
+        rows: list[int],
+        path_kl: PathKL | None = None,
+        given: UInt8[np.ndarray, "B H W 3"] | None = None,
+    ) -> Trajectory:
+        """Sample these rows of the task, or encode their given images."""
         prompts, seeds = [task.prompts[row].text for row in rows], [task.seeds[row] for row in rows]
-        return sample_trajectories(self._policy, prompts, seeds, self._sampling, task.window)
+        if given is not None:
+            return given_trajectories(self._policy, prompts, seeds, self._sampling, given[rows])
+        prefix = None
+        if task.prefix_seeds is not None:
+            groups = len(set(task.prefix_seeds)) if len(rows) == len(task.seeds) else 1
+            prefix = SharedPrefix(tuple(task.prefix_seeds[row] for row in rows), groups)
+        sampling = task.sampling or self._sampling
+        return sample_trajectories(self._policy, prompts, seeds, sampling, task.window, prefix, path_kl)
 
     def _try_out(self, task: Task, care: Care, note: Callable[[int], None] | None) -> None:
         """Sample and decode the task's images one by one, only to find out whether this process survives."""
+        given = self._given(task)
         for row in range(len(task.seeds)):
             if row in care.left_out:
                 continue
             if note:
                 note(row)
-            alone = sample_trajectories(
-                self._policy, [task.prompts[row].text], [task.seeds[row]], self._sampling, task.window
-            )
-            self._policy.decode(alone.final_latents).cpu()
+            trajectory = self._trajectories(task, [row], given=given)
+            if given is None:
+                self._policy.decode(trajectory.final_latents).cpu()
 
     def _decode(
         self, latents: Float[torch.Tensor, "B C H W"], care: Care, note: Callable[[int], None] | None

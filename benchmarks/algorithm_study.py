@@ -1,7 +1,8 @@
-"""make algorithm-study: train the embedded model with every algorithm's small recipe, three run seeds each.
+"""make algorithm-study: train the embedded model on 768 images with the earlier algorithms, three run seeds each.
 
-`--list` prints the runs. `--run` makes the missing ones. `--chart` plots them, writes the CSV and prints a table that
-includes the costs measured by `algorithm_study_costs.py`.
+`benchmarks/short_study.py` trains it with the later algorithms. `--list` prints the runs. `--run` makes the missing
+ones. `--chart` plots them, writes the CSV and prints a table that includes the costs measured by
+`algorithm_study_costs.py`.
 """
 
 import csv
@@ -18,6 +19,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 
 SEEDS = (20, 21, 22)  # other seeds served to choose the recipes' numbers
 ALGORITHMS = ("ddpo_is", "ddpo_sf", "dpok", "grpo", "rwr", "rwr_sparse", "diffusion_nft", "window")
+SECONDS = "seconds of one process on one thread, by what an image costs under each algorithm"
 Results = list[dict[str, Any]]
 
 
@@ -34,8 +36,8 @@ def all_runs() -> list[StudyRun]:
     return [run_of(name, seed) for seed in SEEDS for name in ALGORITHMS]
 
 
-def draw_chart(results: Results, path: Path, costs: dict[str, float]) -> None:
-    """Plot the reward against images sampled (left) and against time (right)."""
+def draw_chart(results: Results, path: Path, costs: dict[str, float], seconds: str = SECONDS) -> None:
+    """Plot the reward against images sampled (left) and against time (right), whose axis is named `seconds`."""
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.5))
@@ -44,7 +46,7 @@ def draw_chart(results: Results, path: Path, costs: dict[str, float]) -> None:
         draw_setting(left, name, runs, 1.0, color)
         draw_setting(right, name, runs, costs[name], color)
     left.set_xlabel("images sampled")
-    right.set_xlabel("seconds of one process on one thread, by what an image costs under each algorithm")
+    right.set_xlabel(seconds)
     for axis in (left, right):
         axis.set_ylabel("reward of the images that were learned from")
         axis.grid(alpha=0.3)

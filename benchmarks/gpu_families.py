@@ -67,6 +67,7 @@ def overrides_of(family: str, model: Path, options: argparse.Namespace) -> list[
         "sampling.batches_per_round": 2,
         "prompts.images_per_prompt": 2,
         "algorithm.kl_coef": 0.0,
+        "learner.world_size": 1,
         "learner.batch_size": 2 * batch,
         "learner.micro_batch_size": 2 if options.tiny else batch,
         "runtime.device": options.device,

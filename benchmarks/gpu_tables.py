@@ -22,7 +22,7 @@ def markdown(folder: Path) -> str:
     rounds = {name: found for name, found in results.items() if "round" in found}
     parts = [
         [device["machine"], "", *_limits(device), "", *_rounds(rounds, device)],
-        _variants(lines_of(folder / "variants.jsonl"), device),
+        _network(lines_of(folder / "network.jsonl"), device),
         _noise(lines_of(folder / "noise.jsonl")),
         _rewards(lines_of(folder / "rewards.jsonl")),
         _waits(lines_of(folder / "waits.jsonl")),
@@ -86,23 +86,29 @@ def _ratios(rounds: dict[str, dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def _variants(found: list[dict[str, Any]], device: dict[str, Any]) -> list[str]:
-    """Return the table of variants with their speed relative to the unchanged network."""
-    if not found:
+def _network(found: list[dict[str, Any]], device: dict[str, Any]) -> list[str]:
+    """Return the table of the network alone, with each variant's speed relative to the first, and what bits showed."""
+    times = [each for each in found if "seconds" in each]
+    if not times:
         return []
     rows = [
-        "| passes | variant | ms a row | share of matrix rate | speed | first call | peak GB |",
-        "|---|---|---|---|---|---|---|",
+        "| passes | rows | network | ms a row | TFLOP/s | share of matrix rate | speed | first call | peak GB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for each in found:
-        own = next(other for other in found if other["passes"] == each["passes"] and other["variant"] == "as it is")
-        cost, base = (one["seconds"] / one["rows"] for one in (each, own))
-        work = device["forward_flops" if each["passes"] == "forward" else "both_flops"]
+    for each in times:
+        same = [other for other in times if (other["passes"], other["rows"]) == (each["passes"], each["rows"])]
+        cost, base = (one["seconds"] / one["rows"] for one in (each, same[0]))
+        rate = device["both_flops" if "backward" in each["passes"] else "forward_flops"] / cost
+        measured = f"{rate / 1e12:.1f} | {rate / device['flops']:.0%} | {base / cost:.2f} ×"
+        if each["passes"].startswith("host"):  # the host only queues the pass
+            measured = f"– | – | {base / cost:.2f} ×"
+        ended = f"{each['first']:.1f} s | {each['peak'] / 1e9:.1f}" if "first" in each else "– | –"
         rows.append(
-            f"| {each['passes']} | {each['variant']} | {cost * 1e3:.2f} | {work / cost / device['flops']:.0%} | "
-            f"{base / cost:.2f} × | {each['first']:.1f} s | {each['peak'] / 1e9:.1f} |"
+            f"| {each['passes']} | {each['rows']} | {each['variant']} | {cost * 1e3:.2f} | {measured} | {ended} |"
         )
-    return rows
+    bits = [f"bits, {each.pop('bits')}: {each}" for each in [dict(each) for each in found if "bits" in each]]
+    failed = [f"{each['variant']} failed: {each['failed']}" for each in found if "failed" in each]
+    return [*rows, "", *bits, *failed]
 
 
 def _noise(found: list[dict[str, Any]]) -> list[str]:

@@ -105,9 +105,13 @@ class OurRounds:
         embeddings = policy.encode([""])["prompt_embeds"]
         return latents, timesteps, {"prompt_embeds": embeddings.repeat(rows, 1, 1)}
 
+    def weights(self) -> dict[str, np.ndarray]:
+        """Return the newest weights by their names in the network."""
+        return self._learner.weights()[-1].arrays()
+
     def save(self, path: str) -> None:
-        """Save the newest weights by their names in the network."""
-        save_file(self._learner.weights()[-1].arrays(), path)
+        """Save the newest weights."""
+        save_file(self.weights(), path)
 
     def peak_bytes(self) -> int:
         """Return the peak memory of sampler and learner together: on the GPU, or resident in this process."""

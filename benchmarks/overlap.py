@@ -1,17 +1,18 @@
-"""make overlap: compare seconds per round with the ideal by lag and by parts, hidden scoring time, and scaling."""
+"""make overlap: compare seconds per round with the ideal by lag and parts, hidden scoring, scaling, shared devices."""
 
 import argparse
-import dataclasses
 import json
 import sys
 import tempfile
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 from benchmarks.embedded_model import RECIPE
 from benchmarks.stand_in_run import Proportion, ideal_seconds, local_ray, run
 from benchmarks.timing import machine
+from ray_ddpo.common.balance import Kind, RoundLoad, expected
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.train import run_training
 
@@ -32,6 +33,25 @@ PARTS = (
 REWARDS = Proportion("rewards", 4, 2, 16, sample=0.5, score=0.0, update=0.6)
 SCORING = (0.05, 0.1, 0.2)  # seconds a task
 SAMPLERS = (1, 4, 16, 64)
+WORKERS = (2, 4, 8)  # devices, each with a sampler and a learner rank
+FORWARD_AND_BACKWARD = 2.13  # times the work of a denoising step, for learning from it without checkpointing
+# Tasks of 0.5 s, in the proportion of LoRA training with guidance where all steps are trained on, 1 : 2.13.
+FOUR = RoundLoad(tasks=12, sample=0.5, learn=12 * 0.5 * 2.13, score=0.05, reward_workers=2, images_per_step=12)
+EIGHT = replace(FOUR, tasks=16, learn=16 * 0.5 * 2.13, images_per_step=64)
+WAVES = replace(FOUR, tasks=8, learn=2.0)  # eight tasks on three samplers
+BALANCES: tuple[tuple[RoundLoad, int, int, Kind], ...] = (
+    (replace(FOUR, lag=1), 3, 1, "dedicated"),
+    (replace(FOUR, lag=1), 2, 2, "dedicated"),
+    (replace(FOUR, lag=1), 1, 3, "dedicated"),
+    (FOUR, 3, 1, "dedicated"),
+    (FOUR, 4, 4, "colocated"),
+    (EIGHT, 7, 1, "dedicated"),
+    (EIGHT, 8, 8, "colocated"),
+    (WAVES, 3, 1, "dedicated"),
+    (replace(WAVES, lag=1), 3, 1, "dedicated"),
+)
+BALANCE_ROUNDS = 6
+SECTIONS = ("proportions", "parts", "balance", "rewards", "scaling", "colocated", "model")
 MODEL_ROUNDS = 9
 MODEL_TASKS = 2
 
@@ -62,9 +82,31 @@ def in_parts(rounds: int) -> None:
     for proportion in PARTS:
         sides = f"{proportion.sampling:.2f} | {proportion.scoring:.2f} | {proportion.update:.2f} | {proportion.parts}"
         seconds, ideal = run(proportion, 0, 2, rounds).seconds, proportion.ideal(0)
-        whole = dataclasses.replace(proportion, parts=1).ideal(0)
+        whole = replace(proportion, parts=1).ideal(0)
         row = f"{whole:.2f} s | {ideal:.2f} s | {seconds:.2f} s | {seconds / ideal:.3f}"
         print(f"| {proportion.name} | {sides} | {row} |", flush=True)
+
+
+def balance(rounds: int) -> None:
+    """Print expected and measured seconds and idle shares of several layouts."""
+    print(
+        "\n| layout | tasks | lag | expected | measured | measured / expected | samplers idle | learner idle |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
+    for load, samplers, ranks, kind in BALANCES:
+        layout = expected(load, samplers, ranks, kind)
+        measured = run(proportion_of(load, samplers, ranks, kind), load.lag, load.lag + 2, rounds)
+        ratio = f"{layout.seconds:.2f} s | {measured.seconds:.2f} s | {measured.seconds / layout.seconds:.3f}"
+        idle = f"{layout.idle_samplers:.0%}, {measured.idle_samplers:.0%} | "
+        idle += f"{layout.idle_ranks:.0%}, {measured.idle_learner:.0%}"
+        print(f"| {layout.in_words} | {load.tasks} | {load.lag} | {ratio} | {idle} |", flush=True)
+
+
+def proportion_of(load: RoundLoad, samplers: int, ranks: int, kind: Kind) -> Proportion:
+    """Return the stand-ins of a layout. Colocated ones take turns too, because the lag is 0."""
+    times = {"sample": load.sample, "score": load.score, "update": load.learn / ranks}
+    shared = kind == "colocated"
+    return Proportion("", samplers, load.reward_workers, load.tasks, **times, ranks=ranks, colocated=shared)
 
 
 def rewards(rounds: int) -> None:
@@ -73,9 +115,9 @@ def rewards(rounds: int) -> None:
         "\n| scoring a task | R/M | lag | round | round if scoring took no time | hidden |\n|---|---|---|---|---|---|"
     )
     for lag in LAGS[:2]:
-        free = run(dataclasses.replace(REWARDS, score=0.0), lag, lag + 2, rounds).seconds
+        free = run(replace(REWARDS, score=0.0), lag, lag + 2, rounds).seconds
         for score in SCORING:
-            proportion = dataclasses.replace(REWARDS, score=score)
+            proportion = replace(REWARDS, score=score)
             seconds = run(proportion, lag, lag + 2, rounds).seconds
             hidden = 1 - (seconds - free) / proportion.scoring
             row = f"{proportion.scoring:.2f} s | {lag} | {seconds:.2f} s | {free:.2f} s | {hidden:.0%}"
@@ -95,6 +137,31 @@ def scaling(counts: tuple[int, ...], rounds: int) -> None:
         rates = f"{measured.images_per_second:.1f} | {efficiency:.3f}"
         seconds = f"{measured.seconds:.2f} ({proportion.ideal(1):.2f})"
         print(f"| {samplers} | {proportion.tasks} | {rates} | {seconds} | {measured.driver_cores:.2f} |", flush=True)
+
+
+def pairs(workers: int) -> Proportion:
+    """Return a proportion with four tasks per device and round, whose learning takes as long as a U-Net's."""
+    sampling = 4 * 0.5
+    update = FORWARD_AND_BACKWARD * sampling
+    return Proportion(
+        f"{workers}", workers, max(1, workers // 2), 4 * workers, 0.5, 0.05, update, ranks=workers, colocated=True
+    )
+
+
+def colocated(counts: tuple[int, ...], rounds: int) -> None:
+    """Print how busy devices are that a sampler and a learner rank share in turns, at lag 0."""
+    print("\n| devices | S/N, r, U | ideal | measured | sampling | learning | busy, least busy device | both at once |")
+    print("|---|---|---|---|---|---|---|---|")
+    for workers in counts:
+        proportion = pairs(workers)
+        measured = run(proportion, 0, 2, rounds)
+        least = min(measured.devices, key=lambda device: device.busy)
+        both = max(device.both for device in measured.devices)
+        sides = f"{proportion.sampling:.2f}, {proportion.tail:.2f}, {proportion.update:.2f}"
+        shares = f"{least.sampling:.1%} | {least.learning:.1%} | {least.busy:.1%} | {both:.1%}"
+        print(
+            f"| {workers} | {sides} | {proportion.ideal(0):.2f} s | {measured.seconds:.2f} s | {shares} |", flush=True
+        )
 
 
 def embedded_model(rounds: int) -> None:
@@ -126,7 +193,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--samplers", type=int, nargs="+", default=list(SAMPLERS))
-    parser.add_argument("--only", choices=["proportions", "parts", "rewards", "scaling", "model"])
+    parser.add_argument("--only", choices=SECTIONS)
+    parser.add_argument("--devices", type=int, nargs="+", default=list(WORKERS))
     options = parser.parse_args()
     print(machine())
     with local_ray():
@@ -134,10 +202,14 @@ def main() -> None:
             proportions(options.rounds)
         if options.only in (None, "parts"):
             in_parts(options.rounds)
+        if options.only in (None, "balance"):
+            balance(min(options.rounds, BALANCE_ROUNDS))
         if options.only in (None, "rewards"):
             rewards(options.rounds)
         if options.only in (None, "scaling"):
             scaling(tuple(options.samplers), options.rounds)
+        if options.only in (None, "colocated"):
+            colocated(tuple(options.devices), options.rounds)
         if options.only in (None, "model"):
             embedded_model(MODEL_ROUNDS)
 

@@ -27,6 +27,7 @@ AXES: dict[str, list[Setting]] = {
         Setting(MANY_TASKS, samplers=samplers, busy_seconds=2, uneven=True) for samplers in (1, 4, 16, 64, 256)
     ],
     "processes": [Setting(2048, samplers=32, processes=processes) for processes in (1, 8, 32)],
+    "ranks": [Setting(2048, ranks=ranks) for ranks in (1, 8, 64)],
     "weight_bytes": [Setting(weight_bytes=size) for size in (1_000, 1_000_000, 20_000_000, 200_000_000)],
 }
 SHORT = {

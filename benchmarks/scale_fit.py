@@ -16,6 +16,7 @@ SIZES = {
     "image": lambda setting: setting.images,
     "sampler": lambda setting: setting.samplers,
     "MB of weights": lambda setting: setting.weight_bytes / 1e6,
+    "task and further rank": lambda setting: setting.tasks * (setting.ranks - 1),
     "MB sampled": lambda setting: setting.images * (setting.trajectory_bytes + setting.image_bytes) / 1e6,
 }
 ROUNDING = 1e-9  # of the solution
@@ -25,6 +26,7 @@ ON_PAPER = (
     Setting(65_536, 8, samplers=256),
     Setting(1_000_000, 8, samplers=10_000),
     Setting(1_000_000, 64, samplers=10_000),
+    Setting(65_536, 8, samplers=936, ranks=64),
 )
 
 
@@ -119,11 +121,11 @@ def costs_table(costs: dict[str, dict[str, float]]) -> str:
 
 def on_paper_table(costs: dict[str, dict[str, float]]) -> str:
     """Return the fitted costs of larger rounds as a Markdown table."""
-    lines = ["| images | images a task | samplers | driver, CPU s | Ray's processes, CPU s | driver's memory, GB |"]
-    lines.append("|---|---|---|---|---|---|")
+    heads = "images | images a task | samplers | ranks | driver, CPU s | Ray's processes, CPU s | driver's memory, GB"
+    lines = [f"| {heads} |", "|---|---|---|---|---|---|---|"]
     for setting in ON_PAPER:
         driver, cluster, memory = on_paper(costs, setting).values()
-        sizes = f"{setting.images:,} | {setting.images_per_task} | {setting.samplers:,}"
+        sizes = f"{setting.images:,} | {setting.images_per_task} | {setting.samplers:,} | {setting.ranks}"
         lines.append(f"| {sizes} | {driver:,.1f} | {cluster:,.1f} | {memory / 1e3:,.2f} |")
     return "\n".join(lines)
 

@@ -42,7 +42,7 @@ WARM_UP = 1  # rounds: connections are made, caches filled
 
 
 class LearnerStandIn:
-    """A learner that learns nothing and publishes weights of a given size."""
+    """A learner, or all ranks of one, that learns nothing and publishes weights of a given size."""
 
     def __init__(self, setting: Setting) -> None:
         self._buffer = np.zeros(setting.weight_bytes // 4, np.float32)
@@ -56,11 +56,14 @@ class LearnerStandIn:
         """Return a placeholder for the stack traces."""
         return "a stand-in"
 
+    def join(self, rendezvous: str) -> None:
+        """Join nobody."""
+
     def weights(self) -> tuple[PolicyWeights, ...]:
         """Return the only version that is requested at lag 0."""
         return (self._published,)
 
-    def state(self) -> LearnerState:
+    def state(self, newest_only: bool = False) -> LearnerState:
         """Return a state without optimizer state."""
         return LearnerState(self._published.policy_version, (self._published,), {}, {})
 
@@ -72,6 +75,11 @@ class LearnerStandIn:
         version = self._published.policy_version + 1
         self._published = dataclasses.replace(self._published, policy_version=version)
         return {"seconds/learn": 0.0}, self._published, dataclasses.replace(self.state(), weights=())
+
+    def follow(self, batch: TrainBatch, *trajectories: np.ndarray) -> tuple[str, dict[str, np.ndarray]]:
+        """Return what a rank other than 0 returns. Its call comes after rank 0's."""
+        assert len(trajectories) == len(batch.reports)
+        return self._published.fingerprint, {}
 
 
 class Meter:
@@ -158,7 +166,8 @@ def _workers(components: Components, setting: Setting) -> Workers:
     stream = RayRolloutStream(pools, StreamSettings(recipe.runtime, 1e9, check=lambda: None))
     make = functools.partial(ray.remote(**options)(LearnerStandIn).remote, setting)
     on_death = lambda death: budget.spend("learner", death.reason)  # noqa: E731
-    learner = RayLearnerGroup([make()], lambda: [make()], stream.keep_busy_until_ready, on_death, 0)
+    ranks = [make()] * setting.ranks
+    learner = RayLearnerGroup(ranks, lambda: ranks, stream.keep_busy_until_ready, on_death, 0)
     stream.wait_until_loaded({"samplers": setting.samplers, "reward_workers": REWARD_WORKERS})
     learner.wait_until_loaded()
     return Workers(stream, learner)

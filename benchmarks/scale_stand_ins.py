@@ -26,6 +26,7 @@ class Setting:
     samplers: int = 16
     processes: int = 4  # that the samplers share
     weight_bytes: int = 3_000_000  # rank-4 adapters of Stable Diffusion 1.5
+    ranks: int = 1  # of the learner, which share a process
     busy_seconds: float = 0.0  # that every sampler samples in a round
     uneven: bool = False  # every second sampler is half as fast as the others, and together they are as fast
 
@@ -72,6 +73,8 @@ class Sampled:
     sampled_by: str
     machine: None = None
     dropped: dict[int, str] = field(default_factory=dict)
+    path_kl: tuple[float, ...] = ()
+    thumbnails: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Scored:
     seconds: float
     dropped: dict[int, str]
     machines: frozenset[object] = frozenset()
+    usage: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class SamplerHost:

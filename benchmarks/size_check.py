@@ -1,7 +1,7 @@
 """make size-check: train Stable Diffusion 1.5 at 512 × 512 with random weights through Ray, on CPUs.
 
 The run has two rounds, checkpoints, a held-out evaluation and a report. It shows that the published architecture fits
-and works from end to end; it says nothing about images. Two cores need about a quarter of an hour and 16 GB of memory.
+and works from end to end; it says nothing about images. Two cores need about 25 minutes and 16 GB of memory.
 `--tiny` does the same with a model of a few thousand parameters.
 """
 

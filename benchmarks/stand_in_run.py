@@ -24,6 +24,7 @@ from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_parts, round_tasks
 from ray_ddpo.common.trajectory import Rollout, TrainBatch
+from ray_ddpo.deploy.driver.colocated_pairs import Pairs
 from ray_ddpo.learner.ray_learner_group import RayLearnerGroup
 
 IMAGES_PER_TASK = 4
@@ -43,6 +44,8 @@ class Proportion:
     score: float  # seconds a task
     update: float  # seconds a round
     parts: int = 1  # that a round is learned from in
+    ranks: int = 1  # of the learner, each of which takes the update's seconds
+    colocated: bool = False  # each sampler shares its device with a learner rank, in turns
 
     @property
     def sampling(self) -> float:
@@ -93,6 +96,38 @@ def ideal_seconds(sides: tuple[float, float, float], tail: float, max_policy_lag
     return through if max_policy_lag == 0 else max(*sides, through / (max_policy_lag + 1))
 
 
+Span = tuple[float, float]  # from, to, in seconds
+
+
+@dataclass(frozen=True)
+class DeviceTime:
+    """Shares of the time in which a device's sampler or its learner rank was at work, or both at once."""
+
+    sampling: float
+    learning: float
+    both: float
+
+    @property
+    def busy(self) -> float:
+        """Return the share in which the device was at work."""
+        return self.sampling + self.learning - self.both
+
+
+def device_time(sampling: list[Span], learning: list[Span], window: Span) -> DeviceTime:
+    """Return a device's shares of a window, from when its sampler and its rank were at work."""
+    within = [[_common(span, window) for span in spans] for spans in (sampling, learning)]
+    both = sum(_length(_common(one, other)) for one in within[0] for other in within[1])
+    return DeviceTime(*(seconds / _length(window) for seconds in (*(sum(map(_length, each)) for each in within), both)))
+
+
+def _common(one: Span, other: Span) -> Span:
+    return max(one[0], other[0]), min(one[1], other[1])
+
+
+def _length(span: Span) -> float:
+    return max(0.0, span[1] - span[0])
+
+
 @dataclass(frozen=True)
 class Measured:
     """Times of a run of stand-ins."""
@@ -100,6 +135,9 @@ class Measured:
     seconds: float  # a round
     images_per_second: float
     driver_cores: float  # CPU seconds of the driver's process a second
+    idle_samplers: float
+    idle_learner: float
+    devices: tuple[DeviceTime, ...] = ()  # of colocated pairs
 
 
 @contextmanager
@@ -123,31 +161,37 @@ class StandInRun:
         budget = RestartBudget(0)
         make_scorer = _maker(StandInRewardWorker, proportion.score)
         scorers = WorkerPool("reward_workers", "reward_worker", make_scorer, proportion.reward_workers, budget)
+        self._pairs = Pairs(self._recipe) if proportion.colocated else None
         self._pools = Pools(
-            WorkerPool("samplers", "sampler", _maker(StandInSampler, proportion.sample), proportion.samplers, budget),
+            _samplers(proportion, budget, self._pairs),
             (ScoringPool(scorers, ("stand_in",), self._recipe.reward_workers, independent=False),),
             budget,
         )
         settings = StreamSettings(self._recipe.runtime, 4.0, check=lambda: None)
         self._stream = RayRolloutStream(self._pools, settings)
         make = _maker(StandInLearner, proportion.update, max_policy_lag, WEIGHT_BYTES)
+        self._update, ranks = proportion.update, range(proportion.ranks)
+        places = [self._pairs.of_rank(rank) for rank in ranks] if self._pairs else [{} for _ in ranks]
+        self._ranks = [make(rank, options) for rank, options in enumerate(places)]
         self._learner = RayLearnerGroup(
-            [make(0)],
-            lambda: [make(1)],
+            self._ranks,
+            lambda: [make(rank, options) for rank, options in enumerate(places)],
             self._stream.keep_busy_until_ready,
             lambda death: budget.spend("learner", death.reason),
             max_policy_lag,
         )
+        self._learner.turn = self._stream.learner_turn if self._pairs else None
         self._stream.wait_until_loaded({"samplers": proportion.samplers, "reward_workers": proportion.reward_workers})
         self._learner.wait_until_loaded()
 
     def measure(self, warm_up: int, rounds: int) -> Measured:
         """Run, and measure after the first rounds."""
         submitted, process = 0, psutil.Process()
-        started = busy = 0.0
+        started = busy = sampled = available = 0.0
         for round_index in range(warm_up + rounds):
             if round_index == warm_up:
                 started, busy = time.monotonic(), _cpu_seconds(process)
+                sampled = available = 0.0
             while submitted <= last_startable_round(round_index, self._lag):
                 tasks = round_tasks(self._recipe, submitted, lambda generator: Prompt("nothing"))
                 self._stream.submit(tasks, weights_of(self._learner.weights(), tasks[0].policy_version))
@@ -155,11 +199,28 @@ class StandInRun:
             *begun, last = enumerate(round_parts(self._recipe))
             for part, tasks in begun:
                 self._learner.begin(*self._collected(round_index, part, tasks))
-            self._learner.update(*self._collected(round_index, *last))
-            self._stream.report()
+            ended = self._collected(round_index, *last)
+            self._learner.update(*ended)
+            sampled += sum(rollout.report.seconds for rollout in ended[1])
+            available += self._stream.report().sampler_seconds
         seconds = time.monotonic() - started
-        images = rounds * self._recipe.images_per_round
-        return Measured(seconds / rounds, images / seconds, (_cpu_seconds(process) - busy) / seconds)
+        return Measured(
+            seconds=seconds / rounds,
+            images_per_second=rounds * self._recipe.images_per_round / seconds,
+            driver_cores=(_cpu_seconds(process) - busy) / seconds,
+            idle_samplers=max(0.0, 1 - sampled / available),
+            idle_learner=max(0.0, 1 - rounds * self._update / seconds),
+            devices=self._device_times((started, started + seconds)),
+        )
+
+    def _device_times(self, window: Span) -> tuple[DeviceTime, ...]:
+        """Return the devices' times of a part of the run. A pair is the rank and the sampler of one bundle."""
+        if self._pairs is None:
+            return ()
+        samplers = sorted(self._pools.samplers.workers, key=lambda worker: worker.index)
+        sheets = ray.get([actor.timesheet.remote() for actor in (*(each.actor for each in samplers), *self._ranks)])
+        pairs = zip(sheets[: len(samplers)], sheets[len(samplers) :], strict=True)
+        return tuple(device_time(sampler.worked, rank.worked, window) for sampler, rank in pairs)
 
     def _collected(self, round_index: int, part: int, tasks: range) -> tuple[TrainBatch, list[Rollout]]:
         rollouts = self._stream.collect(round_index, tasks)
@@ -174,6 +235,8 @@ class StandInRun:
         self._learner.close()
         for pool in self._pools.all:
             pool.close()
+        if self._pairs:
+            self._pairs.close()
 
 
 def run(proportion: Proportion, max_policy_lag: int, warm_up: int, rounds: int) -> Measured:
@@ -185,9 +248,18 @@ def run(proportion: Proportion, max_policy_lag: int, warm_up: int, rounds: int) 
         stand_ins.close()
 
 
-def _maker(cls: type, *arguments: Any) -> Callable[[int], Any]:
+def _maker(cls: type, *arguments: Any) -> Callable[..., Any]:
+    """Return a function that starts a stand-in by number, with further options of Ray if any are given."""
     remote = ray.remote(num_cpus=CPUS_OF_A_SLEEPER, concurrency_groups={"health": 1})(cls)
-    return lambda number: remote.remote(*arguments)
+    return lambda number, options=None: remote.options(**(options or {})).remote(*arguments)
+
+
+def _samplers(proportion: Proportion, budget: RestartBudget, pairs: Pairs | None) -> WorkerPool:
+    make = _maker(StandInSampler, proportion.sample)
+    if pairs is None:
+        return WorkerPool("samplers", "sampler", make, proportion.samplers, budget)
+    beside = lambda number: make(number, pairs.of_sampler(number))  # noqa: E731
+    return WorkerPool("samplers", "sampler", beside, proportion.samplers, budget, pairs.free)
 
 
 def _recipe(proportion: Proportion, max_policy_lag: int) -> Recipe:
@@ -203,10 +275,14 @@ def _recipe(proportion: Proportion, max_policy_lag: int) -> Recipe:
             "reward": {"name": "stand_in"},
             "algorithm": {"name": "stand_in"},
             "learner": {
-                "batch_size": IMAGES_PER_TASK,
+                "batch_size": IMAGES_PER_TASK * (proportion.tasks if proportion.colocated else 1),
                 "micro_batch_size": 1,
                 "parts_per_round": proportion.parts,
+                "colocated": proportion.colocated,
+                "world_size": proportion.ranks if proportion.colocated else 1,
+                "num_cpus": CPUS_OF_A_SLEEPER,
             },
+            "samplers": {"count": proportion.samplers, "num_cpus": CPUS_OF_A_SLEEPER},
         }
     )
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,9 @@ class StudyRun:
     @property
     def name(self) -> str:
         return f"{self.setting}-seed{self.seed}-{self.images}images"
+
+
+Maker = Callable[[StudyRun, Path], dict[str, Any]]  # trains a run in a folder and returns its line of results
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -67,14 +71,14 @@ def shortened(metrics: dict[str, float | None]) -> dict[str, float]:
     return {key: float(f"{value:.5g}") for key, value in kept.items() if value is not None}
 
 
-def make_all(runs: list[StudyRun], folder: Path, results: Path, jobs: int) -> int:
+def make_all(runs: list[StudyRun], folder: Path, results: Path, jobs: int, make_one: Maker = make) -> int:
     """Make runs in parallel and append each line as its run ends. Return the number of failures."""
     lock, failed = threading.Lock(), []
 
     def one(run: StudyRun) -> None:
         print(f"{run.name} begins", flush=True)
         try:
-            line = json.dumps(make(run, folder))
+            line = json.dumps(make_one(run, folder))
         except subprocess.CalledProcessError as error:
             failed.append(run)
             print(f"{run.name} failed: {error}; its log is {folder / run.name}.log", flush=True)
@@ -102,8 +106,8 @@ def study_parser(description: str | None, name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def list_or_make(options: argparse.Namespace, runs: list[StudyRun]) -> int:
-    """Print the requested runs, or make the missing ones. Return the number of failures."""
+def list_or_make(options: argparse.Namespace, runs: list[StudyRun], make_one: Maker = make) -> int:
+    """Print the requested runs, or make the missing ones with `make_one`. Return the number of failures."""
     runs = [run for run in runs if fnmatch.fnmatch(run.name, options.only + "*")]
     results = read_results(options.results)
     done = {(result["setting"], result["seed"], result["images"]) for result in results}
@@ -113,4 +117,4 @@ def list_or_make(options: argparse.Namespace, runs: list[StudyRun]) -> int:
             print(f"{'    ' if run in left else 'done'} {run.name:<44} {run.recipe} {' '.join(run.overrides)}")
         return 0
     options.folder.mkdir(parents=True, exist_ok=True)
-    return make_all(left, options.folder, options.results, options.jobs)
+    return make_all(left, options.folder, options.results, options.jobs, make_one)

@@ -4,11 +4,12 @@ import functools
 import os
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from ray_ddpo.common.matrix_rate import matrix_rate
 from ray_ddpo.common.package_versions import VERSIONED, package_version
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -23,6 +24,8 @@ class Machine:
     processor: str
     gpu: str = ""  # empty if the process computes on the CPU
     versions: str = ""  # of libraries: "torch 2.13.0, numpy 2.4.1"
+    # Operations a second of matrix products in the policy's dtype, as measured once; 0: not measured.
+    matrix_rate: float = field(default=0.0, compare=False)
 
     def __str__(self) -> str:
         return ", ".join(part for part in (self.gpu, self.processor, self.versions) if part)
@@ -48,6 +51,11 @@ def this_machine(device: str) -> Machine:
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else ""
     versions = ", ".join(f"{package} {package_version(package)}" for package in VERSIONED)
     return Machine(processor=_processor(), gpu=gpu, versions=versions)
+
+
+def measured_machine(device: str, dtype: torch.dtype) -> Machine:
+    """Return the machine of this process with the measured rate of its matrix products in `dtype`."""
+    return replace(this_machine(device), matrix_rate=matrix_rate(device, dtype))
 
 
 def _processor() -> str:

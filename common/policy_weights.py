@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -40,7 +41,20 @@ class PolicyWeights:
         return views
 
 
-def weights_of(kept: Sequence[PolicyWeights], policy_version: int) -> PolicyWeights:
+@runtime_checkable
+class Versioned(Protocol):
+    """Weights of a policy version, whole or in part."""
+
+    @property
+    def policy_version(self) -> int:
+        """The number of rounds that the weights were trained on."""
+        ...
+
+
+V = TypeVar("V", bound=Versioned)
+
+
+def weights_of(kept: Sequence[V], policy_version: int) -> V:
     """Return the weights of a version that must be among those `kept`."""
     return next(weights for weights in kept if weights.policy_version == policy_version)
 

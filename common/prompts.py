@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from pydantic import Field, PrivateAttr, model_validator
 
 from ray_ddpo.common.prompt_files import Format, PromptFile
@@ -23,7 +24,9 @@ PROMPTS: Registry = {
     "animals": "ray_ddpo.common.prompts:Animals",
     "texts": "ray_ddpo.common.prompts:Texts",
     "file": "ray_ddpo.common.prompts:File",
+    "set": "ray_ddpo.common.prompt_set:PromptSet",
     "function": "ray_ddpo.common.prompts:PromptFunction",
+    "preferences": "ray_ddpo.common.preference_prompts:Preferences",
 }
 PROMPT_LISTS = Path(__file__).parent / "prompt_lists"
 
@@ -89,6 +92,37 @@ def _json_value(value: Any, place: str) -> Any:
 SamplePrompt = Callable[[np.random.Generator], Prompt]
 
 
+class SampleGroups(ABC):
+    """Function that samples one prompt, and has complete groups whose images differ in metadata."""
+
+    @abstractmethod
+    def __call__(self, generator: np.random.Generator) -> Prompt:
+        """Sample one prompt."""
+
+    @abstractmethod
+    def group(self, run_seed: int, number: int) -> tuple[Prompt, ...]:
+        """Return the prompts of a group, one per image: a pure function of the run's seed and the group's number.
+
+        Args:
+            number: the position of the group in the run, from 0.
+        """
+
+
+class GivenImages(ABC):
+    """Images that a sampler reads, in place of denoising."""
+
+    @abstractmethod
+    def pixels(self, prompts: tuple[Prompt, ...], size: tuple[int, int]) -> UInt8[np.ndarray, "B H W 3"]:
+        """Return the images of prompts, which their metadata names.
+
+        Args:
+            size: height and width in pixels.
+
+        Raises:
+            ValueError: An image cannot be read.
+        """
+
+
 class PromptSource(Component, ABC):
     """A component that samples prompts. They come from a given generator, so that a seed fixes their sequence."""
 
@@ -115,6 +149,22 @@ class PromptSource(Component, ABC):
     def needs(self) -> tuple[Weights, ...]:
         """Return the files that `load` reads; none if the prompts ship with the project or are in the recipe."""
         return ()
+
+    def check(self) -> None:
+        """Check before a run starts what `load` does not read. Raise ValueError if the run would fail. By default nothing."""
+
+    @property
+    def gives_images(self) -> bool:
+        """Return whether the source gives images, which are then trained on in place of sampled ones."""
+        return False
+
+    def load_images(self) -> GivenImages:
+        """Return the images of a source that `gives_images`.
+
+        Raises:
+            ValueError: The source is missing or empty.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives no images")
 
 
 def _without(prompts: list[Prompt], left_out: tuple[str, ...]) -> list[Prompt]:

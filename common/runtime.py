@@ -38,14 +38,32 @@ def settle(runtime: RuntimeTable) -> str:
     torch.backends.cudnn.benchmark = False
     # torch's defaults differ: float32 convolutions run in TF32 (10 bits of mantissa), matrix products in float32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = runtime.tf32
+    pin_attention()
     return "cuda" if runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def pin_attention() -> None:
+    """Choose the kernels of attention on a GPU: flash for half precision, the memory-efficient one for float32.
+
+    Without determinism torch prefers cuDNN's kernels on Hopper and newer GPUs, and with it they are refused. Leaving
+    them out in both cases keeps the forward kernels, and so the log-probs, independent of `runtime.deterministic`.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    for enable in (
+        torch.backends.cuda.enable_flash_sdp,
+        torch.backends.cuda.enable_mem_efficient_sdp,
+        torch.backends.cuda.enable_math_sdp,  # for shapes that neither fused kernel takes
+    ):
+        enable(True)
 
 
 def to_device(tensor: Tensor, device: str) -> Tensor:
     """Copy a tensor without blocking the host. A copy from pageable memory would wait for the GPU's queue."""
-    if tensor.device.type == "cpu" and device.startswith("cuda"):
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    if tensor.device.type != "cpu" or device.startswith("cpu"):
+        return tensor.to(device)
+    # Expanded tensors cannot be pinned, so make them contiguous first.
+    pinned = tensor.contiguous().pin_memory() if device.startswith("cuda") else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def python_stacks() -> str:

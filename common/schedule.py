@@ -6,8 +6,10 @@ from enum import IntEnum
 import numpy as np
 
 from ray_ddpo.common.policy_versions import policy_version
-from ray_ddpo.common.prompts import Prompt, SamplePrompt
+from ray_ddpo.common.prompts import Prompt, SampleGroups, SamplePrompt
 from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.common.sde_windows import window_of_round
 
 Place = tuple[int, int, int]  # a task's round, stream and index, which also order all tasks
 
@@ -23,8 +25,7 @@ class Stream(IntEnum):
 
 # Further random streams, which give no image seeds.
 _PROMPTS = 4
-_ORDER = 5
-_WINDOW = 6
+_ORDER = 5  # 6 is that of SDE windows
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Task:
     seeds: tuple[int, ...]  # one per image, from which all of its noise comes
     window: range | None = None  # the stochastic steps, which are trained on; None: all are stochastic
     stream: Stream = Stream.TRAINING  # the purpose of its seeds
+    prefix_seeds: tuple[int, ...] | None = None  # one per image: of the noise that its group begins with, if shared
+    sampling: SamplingTable | None = None  # of held-out images, if their settings are not those of training
 
     @property
     def place(self) -> Place:
@@ -70,29 +73,47 @@ def image_seed(run_seed: int, stream: Stream, round_index: int, image: int) -> i
 def sde_window_of_round(recipe: Recipe, round_index: int) -> range | None:
     """Return a round's SDE window (Flow-GRPO-Fast, MixGRPO): the stochastic, trained steps; None for all steps.
 
-    All images of a round share one window, so that rewards within a group stay comparable.
+    All images of a round share one window, so that rewards within a group stay comparable. With a cache or another
+    solver, and without a window, the first step alone is stochastic: its log-prob proves which weights sampled. If
+    `sampling.deterministic`, that stochastic step is taken aside.
     """
     sampling = recipe.sampling
     if sampling.sde_window is None:
-        return None
-    starts = sampling.num_steps - sampling.skip_last_steps - sampling.sde_window + 1
-    window = round_index // sampling.sde_window_rounds
-    start = window % starts
-    if sampling.sde_window_order == "random":
-        start = int(np.random.default_rng([recipe.seed, _WINDOW, window]).integers(starts))
-    return range(start, start + sampling.sde_window)
+        return range(1) if sampling.trains_no_steps else None
+    return window_of_round(sampling, recipe.seed, round_index)
 
 
-def round_tasks(recipe: Recipe, round_index: int, sample: SamplePrompt) -> list[Task]:
-    """Return all tasks of a round, in order: a pure function of recipe and round, if `sample` is pure."""
-    group, size, images = recipe.prompts.images_per_prompt, recipe.sampling.batch_size, range(recipe.images_per_round)
-    groups = range(-(-len(images) // group))
-    group_prompts = [sample(np.random.default_rng([recipe.seed, _PROMPTS, round_index, number])) for number in groups]
-    prompts = tuple(group_prompts[image // group] for image in images)
+def round_tasks(recipe: Recipe, round_index: int, sample: SamplePrompt, indices: range | None = None) -> list[Task]:
+    """Return the tasks of a round, in order: a pure function of recipe and round, if `sample` is pure.
+
+    Args:
+        recipe: the recipe.
+        round_index: the round.
+        sample: samples prompts.
+        indices: of consecutive tasks; by default those that every round has. Further ones continue the sequence.
+    """
+    group, size = recipe.prompts.images_per_prompt, recipe.sampling.batch_size
+    indices = range(recipe.sampling.batches_per_round) if indices is None else indices
+    images = range(indices.start * size, indices.stop * size)
+    groups = range(images.start // group, -(-images.stop // group))
+    if isinstance(sample, SampleGroups):
+        before = round_index * (recipe.images_per_round // group)
+        of_groups = [sample.group(recipe.seed, before + number) for number in groups]
+    else:
+        generators = [np.random.default_rng([recipe.seed, _PROMPTS, round_index, number]) for number in groups]
+        of_groups = [(sample(generator),) * group for generator in generators]
+    prompts = tuple(of_groups[image // group - groups.start][image % group] for image in images)
     seeds = tuple(image_seed(recipe.seed, Stream.TRAINING, round_index, image) for image in images)
     version, window = policy_version(round_index, recipe.max_policy_lag), sde_window_of_round(recipe, round_index)
-    parts = [slice(start, start + size) for start in images[::size]]
-    return [Task(round_index, index, version, prompts[part], seeds[part], window) for index, part in enumerate(parts)]
+    # An image's group begins with the noise of the group's first image.
+    firsts = [image_seed(recipe.seed, Stream.TRAINING, round_index, number * group) for number in groups]
+    shared = tuple(firsts[image // group - groups.start] for image in images)
+    prefix = shared if recipe.sampling.shared_prefix else None
+    parts = [slice(start, start + size) for start in range(0, len(images), size)]
+    return [
+        Task(round_index, index, version, prompts[part], seeds[part], window, prefix_seeds=prefix and prefix[part])
+        for index, part in zip(indices, parts, strict=True)
+    ]
 
 
 def round_parts(recipe: Recipe) -> list[range]:

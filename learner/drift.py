@@ -7,6 +7,7 @@ import torch
 from ray_ddpo.common.diffusion.compiled import graph_of_learning
 from ray_ddpo.common.diffusion.lora.adapters import reference_policy
 from ray_ddpo.common.diffusion.policy import Policy
+from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import TransitionBatch
 from ray_ddpo.learner.algorithms.losses import gaussian_kl
 from ray_ddpo.learner.process_group import ProcessGroup
@@ -47,19 +48,27 @@ def divergence(
     return [] if steps is None or log_ratios is None else [(steps.long(), log_ratios.float())]
 
 
-@torch.no_grad()
-def reference_kl(policy: Policy, batches: Iterator[TransitionBatch], process_group: ProcessGroup) -> list[torch.Tensor]:
+def reference_kl(
+    policy: Policy, batches: Iterator[TransitionBatch], process_group: ProcessGroup, is_compiled: bool = False
+) -> list[torch.Tensor]:
     """Return the KL to the pretrained policy, on the transitions of all ranks.
 
     Call this after the update, so that it influences nothing.
     """
     found = []
-    for batch in batches:
-        current = policy.transition(batch.latents, batch.steps, batch.conditioning)
-        with reference_policy(policy.network):
-            pretrained = policy.transition(batch.latents, batch.steps, batch.conditioning)
-        found.append(gaussian_kl(current, pretrained))
+    with graph_of_learning(is_compiled):
+        for batch in batches:
+            current = policy.transition(batch.latents, batch.steps, batch.conditioning)
+            with reference_policy(policy.network):
+                pretrained = policy.transition(batch.latents, batch.steps, batch.conditioning)
+            found.append(gaussian_kl(current, pretrained).detach())
     if process_group.world_size == 1:
         return found
     gathered = process_group.all_gather(torch.cat(found) if found else None)
     return [] if gathered is None else [gathered.float()]
+
+
+def needs_reference_kl(recipe: Recipe, policy_version: int) -> bool:
+    """Return whether this version is evaluated and the pretrained policy is available (LoRA only)."""
+    due = recipe.evaluation.is_due(policy_version, recipe.rounds)
+    return due and recipe.policy.table().get("train", "lora") == "lora"

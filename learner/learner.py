@@ -1,46 +1,51 @@
 """Learner: owns policy and optimizer, and turns a round's trajectories and advantages into new weights and metrics."""
 
+import functools
 import time
 from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
 
-from ray_ddpo.common.base_parts import Base, entry_base
-from ray_ddpo.common.diffusion.lora.adapters import load_weights, read_weights, trained_parameters
+from ray_ddpo.common.base_parts import Base
+from ray_ddpo.common.diffusion.execution import set_up_execution
+from ray_ddpo.common.diffusion.host_loading import network_on_host
+from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.diffusion.policy_trial import load_checked
-from ray_ddpo.common.machine import this_machine
+from ray_ddpo.common.machine import measured_machine
 from ray_ddpo.common.policy_versions import kept_versions
-from ray_ddpo.common.policy_weights import PolicyWeights, averaged, weights_of
+from ray_ddpo.common.policy_weights import PolicyWeights, weights_of
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import Storage, local_folder
 from ray_ddpo.common.runtime import python_stacks, settle
-from ray_ddpo.common.schedule import transition_order
 from ray_ddpo.common.trajectory import TrainBatch, Trajectory, TransitionBatch
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
-from ray_ddpo.learner.drift import divergence, kl_subset, reference_kl
+from ray_ddpo.learner.companions import Companions
+from ray_ddpo.learner.drift import divergence, kl_subset, needs_reference_kl, reference_kl
+from ray_ddpo.learner.held_weights import ShardedWeights, WeightsHolder, WholeWeights
 from ray_ddpo.learner.learning_trial import try_learning
-from ray_ddpo.learner.optimization.micro_batch import micro_batch_size
-from ray_ddpo.learner.optimization.optimizer import load_optimizer_arrays, optimizer_arrays, optimizer_of
+from ray_ddpo.learner.optimization.checkpointing import fit_micro_batches, loadable, use_checkpointing
+from ray_ddpo.learner.optimization.compile_learning import compile_learning
+from ray_ddpo.learner.optimization.gradients import Gradients, ShardedGradients, gradient_scaler
+from ray_ddpo.learner.optimization.learning_rate import learning_rate
+from ray_ddpo.learner.optimization.optimizer import load_optimizer_arrays, optimizer_arrays
 from ray_ddpo.learner.optimization.optimizer_steps import OptimizerSteps, refuse_weights
-from ray_ddpo.learner.optimization.sharded_optimizer import ShardedOptimizer
+from ray_ddpo.learner.optimization.sharded_optimizer import rank_optimizer
 from ray_ddpo.learner.process_group import ProcessGroup
-from ray_ddpo.learner.round_data.noised_samples import NoisedSamples
-from ray_ddpo.learner.round_data.reference_passes import Columns, Items, Update, precomputed_columns, with_columns
-from ray_ddpo.learner.round_data.transitions import (
-    Indices,
-    RoundTransitions,
-    micro_batches,
-    optimizer_steps,
-    round_transitions,
-)
-from ray_ddpo.learner.temporary_weights import temporary_weights
+from ray_ddpo.learner.round_data.epochs import steps_of_epochs
+from ray_ddpo.learner.round_data.reference_passes import Update
+from ray_ddpo.learner.round_data.step_batches import StepBatches
+from ray_ddpo.learner.round_data.transitions import Indices, RoundTransitions, round_transitions
+from ray_ddpo.learner.round_items import RoundItems, executed_config
+from ray_ddpo.learner.sharding.layout import shards_weights
+from ray_ddpo.learner.sharding.sharded_loading import shard_loaded
+from ray_ddpo.learner.sharding.sharded_network import local_shards
+from ray_ddpo.learner.temporary_weights import HeldWeights, load_held
 from ray_ddpo.learner.update_metrics import Divergence, UpdateMetrics
-from ray_ddpo.learner.weight_check import Arrival, ArrivalCheck, refuse_mismatch
+from ray_ddpo.learner.weight_check import Arrival, ArrivalCheck, refuse_mismatch, refuse_unnumbered
 
 
 class Learner:
@@ -68,44 +73,60 @@ class Learner:
         self._device = settle(recipe.runtime)
         self._called += f" on {self._device}"
         self._recipe = recipe
-        self._machine = this_machine(self._device)
+        self._machine = measured_machine(self._device, policy.dtype_of("learner"))
         self._settings = recipe.learner
         self._algorithm = algorithm
-        with torch.random.fork_rng(devices=[]):
+        self._steps_per_round = algorithm.steps_per_round(recipe)
+        self._shards_weights = shards_weights(self._settings)
+        # The ranks that share a KL estimate: if weights are sharded, all pass the same, since all take part in a pass.
+        self._kl_group = ProcessGroup() if self._shards_weights else self._process_group
+        with torch.random.fork_rng(devices=[]), network_on_host(self._shards_weights) as self._loading:
             torch.manual_seed(recipe.seed)  # decides the adapters' initial values
-            self._policy = load_checked(policy, self._device, recipe.sampling, "learner")
-        try_learning(self._policy, policy, algorithm, recipe)
-        self._base = policy.loaded_base("learner") | entry_base(algorithm, "algorithm")
-        # Only the loaded model's schedule tells how many steps are stochastic.
-        algorithm.check_micro_batches(recipe, len(self._policy.stochastic_steps))
-        self._micro_batch_size = micro_batch_size(self._policy, policy, algorithm, recipe)
-        self._compiles = policy.is_compiled("learner")
-        if self._compiles:
-            self._policy.compile(self._micro_batch_size)
-        self._parameters = trained_parameters(self._policy.network)
-        self._shards_optimizer_state = self._settings.shard_optimizer_state and self._process_group.world_size > 1
-        self._optimizer, self._owned = self._make_optimizer()
+            self._policy = load_checked(loadable(policy), self._device, recipe.sampling, "learner")
+        self._base = policy.loaded_base("learner") | algorithm.load(self._policy, policy)
+        self._try = functools.partial(try_learning, self._policy, policy, algorithm, recipe)
+        self._is_tried = self._loading.placed(self._policy.network, self._device)
+        if self._is_tried:  # otherwise `join` reads its weights, or moves them to the device
+            self._try()
+        algorithm.check_micro_batches(recipe, len(self._policy.stochastic_steps))  # known only from the loaded model
+        self._micro_batch_size, self._recomputes = fit_micro_batches(self._policy, policy, algorithm, recipe)
+        self._compiles, self._config = policy.is_compiled("learner"), executed_config(policy, algorithm)
+        self._set_up_execution()
+        compile_learning(policy, self._policy, algorithm, recipe, self._micro_batch_size)
+        self._companions = Companions(algorithm, self._policy, recipe, self._process_group)
+        self._items = RoundItems(self._policy, policy, algorithm, recipe, self._process_group)
         self._arrival_check = ArrivalCheck(policy, recipe, self._policy)
-        self._scaler = torch.amp.GradScaler(self._device, enabled=policy.dtype == "float16")
-        self._steps = OptimizerSteps(
-            self._optimizer, self._scaler, self._parameters, self._process_group, self._settings, self._device
-        )
-        self._version = 0
-        self._trained = read_weights(self._policy.network, 0)  # at the start of the round
-        self._published = (self._trained,)
-        self._metrics = self._no_metrics()  # of the current round
+        self._metrics, self._version = self._no_metrics(), 0  # of the current round; rounds trained on
         self._log_ratios: torch.Tensor | None = None  # of the previous round
+        self._scaler = gradient_scaler(
+            self._device, policy.dtype, self._process_group if self._shards_weights else None
+        )
+        if not self._shards_weights:  # otherwise `join` makes them, since only the group can shard
+            self._weights: WeightsHolder = WholeWeights(self._policy)
+            self._parameters = trained_parameters(self._policy.network)
+            self._start_training(None)
+
+    def _shard_network(self) -> None:
+        """Shard the network over the ranks that have joined, and make the optimizer of this rank's shards."""
+        network, group = self._policy.network, self._process_group
+        self._weights = ShardedWeights(self._policy, group)
+        shard_loaded(network, group, self._settings.offload_weights, self._loading.unread)
+        self._parameters = local_shards(network)
+        self._start_training(ShardedGradients(network, self._parameters, group))
+        if not self._is_tried:
+            self._try()
+
+    def _start_training(self, gradients: Gradients | None) -> None:
+        """Make the optimizer of `self._parameters`, and publish the first version."""
+        self._optimizer, self._owned = rank_optimizer(self._parameters, self._settings, self._process_group)
+        steps = (self._optimizer, self._scaler, self._parameters, self._process_group, self._settings, self._device)
+        self._steps = OptimizerSteps(*steps, gradients)
+        self._trained: HeldWeights = self._weights.read(0)  # at the start of the round
+        self._published: tuple[HeldWeights, ...] = (self._trained,)
 
     def __repr__(self) -> str:
         """Return the name on the dashboard's page of actors, beside run, role and number."""
         return self._called
-
-    def _make_optimizer(self) -> tuple[torch.optim.Optimizer, dict[str, torch.nn.Parameter]]:
-        """Return the optimizer, and the parameters whose optimizer state this rank keeps."""
-        if not self._shards_optimizer_state:
-            return optimizer_of(self._parameters, self._settings), self._parameters
-        optimizer = ShardedOptimizer(self._parameters, self._settings, self._process_group)
-        return optimizer, optimizer.owned
 
     def _no_metrics(self) -> UpdateMetrics:
         return UpdateMetrics(self._policy.num_steps, int(np.prod(self._policy.latent_shape)))
@@ -118,7 +139,12 @@ class Learner:
         """
         self._process_group.join(rendezvous, self._device)
         self._use_micro_batch_size(int(self._process_group.all_reduce_min(self._micro_batch_size)))
-        self._process_group.check_equal(self._parameters.values())
+        self._use_checkpointing(self._process_group.all_reduce_max(self._recomputes) > 0)
+        if self._shards_weights:
+            with self._process_group.passes():
+                self._shard_network()
+        else:
+            self._process_group.check_equal(self._parameters.values())
 
     def ready(self) -> Base:
         """Return the fingerprints of the loaded files. The call returns when everything is loaded."""
@@ -128,13 +154,21 @@ class Learner:
         """Return the stacks of this process's threads. Answered from a separate thread during an update."""
         return python_stacks()
 
+    def sleep(self) -> None:
+        """Return the memory of activations to the GPU, which is the samplers' next. An update wakes this rank.
+
+        Weights, optimizer state and the last gradients stay.
+        """
+        self._policy.sleep()
+
     def loaded_parts(self) -> Base:
         """Return the fingerprints of the files that policy and algorithm were loaded from."""
         return self._base
 
     def weights(self) -> tuple[PolicyWeights, ...]:
-        """Return the versions that rounds may still be sampled with, the newest last."""
-        return self._published
+        """Return the versions that rounds may still be sampled with, the newest last. A collective if sharded."""
+        whole = (self._weights.whole(each) for each in self._published)
+        return tuple(each for each in whole if each is not None)
 
     def update(self, batch: TrainBatch, *trajectories: Trajectory) -> tuple[dict[str, float], LearnerState]:
         """Train on a round, or on its last part.
@@ -157,7 +191,8 @@ class Learner:
             The round's metrics, the new version's weights, and the rest of the state without published weights. Each is
             an object of its own in Ray's store: samplers read the weights alone, and earlier versions are not sent again.
         """
-        metrics, state = self.update(batch, *trajectories)
+        metrics = self._learn_last_part(batch, trajectories)
+        state = self.state(newest_only=True)
         return metrics, state.weights[-1], replace(state, weights=())
 
     def follow(self, batch: TrainBatch, *trajectories: Trajectory) -> tuple[str, dict[str, np.ndarray]]:
@@ -167,23 +202,28 @@ class Learner:
             The fingerprint of the trained weights, and the optimizer state that only this rank has.
         """
         self._learn_last_part(batch, trajectories)
-        own = optimizer_arrays(self._optimizer, self._owned) if self._shards_optimizer_state else {}
+        if self._shards_weights:
+            return self._trained.fingerprint, self.state(newest_only=True).optimizer  # takes part in gathering weights
+        own = optimizer_arrays(self._optimizer, self._owned) if self._owned is not self._parameters else {}
         return self._trained.fingerprint, own
 
     def _learn_last_part(self, batch: TrainBatch, trajectories: tuple[Trajectory, ...]) -> dict[str, float]:
         """Train on the last part of a round, publish the next version, and return the round's metrics."""
         assert batch.part == batch.parts - 1, f"part {batch.part} of {batch.parts} is not the round's last"
-        self._learn_from(batch, trajectories)
-        trained = read_weights(self._policy.network, self._version + 1)
-        refuse_weights(trained, batch.round, self._settings)
+        with self._process_group.passes():
+            self._learn_from(batch, trajectories)
+        trained = self._weights.read(self._version + 1)
+        with self._process_group.raise_on_all_ranks():  # each rank sees only its own shards
+            refuse_weights(trained, batch.round, self._settings)
         self._version, self._trained = self._version + 1, trained
         decay = self._algorithm.ema_decay(self._version)
-        published = self._trained if decay is None else averaged(self._published[-1], self._trained, decay)
-        self._published = kept_versions((*self._published, published), self._recipe.max_policy_lag)
+        published = trained if decay is None else self._weights.averaged(self._published[-1], trained, decay)
+        self._published = kept_versions((*self._published, published), self._recipe.kept_lag)
         metrics, self._metrics = self._metrics, self._no_metrics()
         metrics.gather(self._process_group)
         self._log_ratios = metrics.log_ratios()
-        return {**metrics.summary(), "learner/micro_batch_size": float(self._micro_batch_size)}
+        summary = self._companions.end_round(metrics.summary(), trained)
+        return {**summary, "learner/micro_batch_size": float(self._micro_batch_size)}
 
     def log_ratios(self) -> np.ndarray:
         """Return log_prob − old_log_prob of the last round's transitions; empty before the first round."""
@@ -192,7 +232,8 @@ class Learner:
     def begin(self, batch: TrainBatch, *trajectories: Trajectory) -> None:
         """Train on a part of a round that is not its last, and publish nothing. Raises the same errors as `update`."""
         assert batch.part < batch.parts - 1, f"part {batch.part} of {batch.parts} is the round's last"
-        self._learn_from(batch, trajectories)
+        with self._process_group.passes():
+            self._learn_from(batch, trajectories)
 
     def _learn_from(self, batch: TrainBatch, trajectories: tuple[Trajectory, ...]) -> None:
         """Check the weights of a part's trajectories, then make the part's optimizer steps."""
@@ -200,24 +241,27 @@ class Learner:
         assert batch.part == self._metrics.parts_done, f"part {self._metrics.parts_done} of round {batch.round} is next"
         for report in batch.reports:
             refuse_mismatch(report, self._published, len(self._parameters))
-        transitions = round_transitions(trajectories, batch.advantages, self._device)
-        present = self._trained if batch.part == 0 else read_weights(self._policy.network, self._version)
+        transitions = round_transitions(trajectories, batch.advantages, self._device, batch.kl_weights)
+        present = self._trained if batch.part == 0 else self._weights.read(self._version)
         arrival = self._check_arrival(batch, transitions, present)
-        items = self._training_items(batch, transitions)
-        epochs = [self._optimizer_steps_of(batch, items, epoch) for epoch in range(self._settings.inner_epochs)]
-        update = Update(items, epochs, self._sampled_with(batch), present, self._process_group, self._compiles)
-        columns = precomputed_columns(self._algorithm, self._policy, update, self._micro_batch_size)
+        transitions = self._companions.with_baselines(batch, transitions)
+        weights = (self._sampled_with(batch), present)
+        items = self._items.make(batch, transitions, weights, self._metrics)
+        epochs = steps_of_epochs(self._recipe, self._algorithm, batch, items)
+        ranks = (self._process_group, self._compiles, self._companions.reference, self._shards_weights)
+        update = Update(items, epochs, *weights, *ranks)
+        batches = StepBatches(self._algorithm, self._policy, update, self._micro_batch_size)
         for steps in epochs:
             for step in steps:
-                self._optimizer_step(items, step, columns, batch.advantages)
+                self._optimizer_step(batches, step, batch)
             if self._kl_budget_spent(transitions, steps):
                 break
         self._steps.check(batch, self._metrics.optimizer_steps)
         if batch.part == batch.parts - 1:
             self._metrics.set_divergence(self._divergence(transitions, steps))
-            if self._needs_reference_kl(self._version + 1):
-                some = kl_subset(transitions, steps, self._micro_batch_size, self._process_group)
-                self._metrics.set_reference_kl(reference_kl(self._policy, some, self._process_group))
+            if needs_reference_kl(self._recipe, self._version + 1):
+                some = kl_subset(transitions, steps, self._micro_batch_size, self._kl_group)
+                self._metrics.set_reference_kl(reference_kl(self._policy, some, self._kl_group, self._compiles))
         self._metrics.end_part(time.perf_counter() - start, arrival)
 
     def _kl_budget_spent(self, transitions: RoundTransitions, steps: list[Indices]) -> bool:
@@ -226,81 +270,72 @@ class Learner:
         if budget is None:
             return False
         over = self._metrics.kl_nats(self._divergence(transitions, steps)) > budget
-        return (
-            self._process_group.all_reduce_max(over) > 0
-        )  # all ranks stop or none, even if their machines round differently
+        # All ranks stop or none, even if their machines round differently.
+        return self._process_group.all_reduce_max(over) > 0
 
-    def _check_arrival(self, batch: TrainBatch, transitions: RoundTransitions, present: PolicyWeights) -> Arrival:
+    def _check_arrival(self, batch: TrainBatch, transitions: RoundTransitions, present: HeldWeights) -> Arrival:
         """Check that the samplers had the weights of the round's version.
 
         Every round is checked, so that a resumed run needs no memory of earlier checks. Every rank checks the same
         transitions, and with them its own numerics.
         """
+        if self._shards_weights:
+            with self._process_group.raise_on_all_ranks():  # before any pass that others would wait in
+                refuse_unnumbered(batch, transitions)
         with self._process_group.raise_on_all_ranks():
             found = self._arrival_check.check(batch, transitions, self._sampled_with(batch), present, self._machine)
         rounding = None if found.rounding is None else self._process_group.all_reduce_max(found.rounding)
         return Arrival(self._process_group.all_reduce_max(found.largest), rounding)
 
-    def _sampled_with(self, batch: TrainBatch) -> PolicyWeights:
-        (version,) = {
-            report.task.policy_version for report in batch.reports
-        }  # the schedule gives a round a single version
+    def _sampled_with(self, batch: TrainBatch) -> HeldWeights:
+        # The schedule gives a round a single version. Replayed rounds may have others.
+        (version,) = {report.task.policy_version for report in batch.reports if report.task.round == batch.round}
         return weights_of(self._published, version)
 
-    def _training_items(self, batch: TrainBatch, transitions: RoundTransitions) -> Items:
-        """Return the algorithm's training items: the sampled transitions, or the finished images with noise added."""
-        per_image = self._algorithm.noised_samples_per_image
-        if per_image is None:
-            return transitions
-        seeds = tuple(seed for report in batch.reports for seed in report.task.seeds)
-        return NoisedSamples(transitions, seeds, per_image, self._policy.num_train_timesteps)
-
-    def _optimizer_steps_of(self, batch: TrainBatch, items: Items, inner_epoch: int) -> list[Indices]:
-        """Return the indices of each optimizer step of an inner epoch."""
-        part = (batch.part, batch.parts)
-        order = transition_order(self._recipe.seed, batch.round, inner_epoch, items.num_images, part)
-        if self._algorithm.trained_fraction < 1:
-            order = order[batch.advantages[order] != 0]
-        return optimizer_steps(order, self._settings.images_per_step, batch.dropped, items.positions(inner_epoch))
-
-    def _optimizer_step(
-        self,
-        items: Items,
-        indices: Indices,
-        columns: Columns,
-        advantages: Float[np.ndarray, "N"],
-    ) -> None:
+    def _optimizer_step(self, batches: StepBatches, indices: Indices, batch: TrainBatch) -> None:
         """Accumulate the gradients of this rank's micro-batches, and apply the step."""
-        self._steps.begin()
-        own = self._process_group.share(indices)
-        for micro_batch in micro_batches(own, self._micro_batch_size):
-            known = with_columns(items.batch(micro_batch), columns, micro_batch, self._device)
-            result = self._algorithm.compute_loss(self._policy, known)
+        # By the step's planned number: a round that a KL budget ended early leaves its other steps out. If more images
+        # are learned from than was planned, a round's last rate is repeated, so that no number comes twice in turn.
+        planned = self._steps_per_round
+        number = batch.round * planned + min(self._metrics.optimizer_steps, planned - 1)
+        rate = learning_rate(self._settings, number)
+        self._metrics.set_learning_rate(rate)
+        self._steps.begin(rate)
+        passed, num_own = self._process_group.share_of_step(indices, even=self._shards_weights)
+        for known, rows in batches.of_step(indices, passed, num_own):
+            result = self._algorithm.compute_loss(self._policy, known).first(rows)
             self._steps.add(result, len(indices))
-            self._metrics.add_micro_batch(result, known.steps if isinstance(known, TransitionBatch) else None)
-        # Only if all images of the step have the same advantage, the gradient may be exactly 0.
-        may_be_zero = len(np.unique(advantages[indices[:, 0].numpy()])) == 1
-        norm = self._steps.apply(len(indices), len(own), may_be_zero)
+            if rows:  # the others are passed for other ranks' sake
+                known_steps = known.steps[:rows] if isinstance(known, TransitionBatch) else None
+                self._metrics.add_micro_batch(result, known_steps)
+        may_be_zero = self._algorithm.gradient_may_be_zero(batch.advantages[indices[:, 0].numpy()])
+        norm = self._steps.apply(len(indices), num_own, may_be_zero)
         if norm is None:
             self._metrics.skip_optimizer_step()
         else:
             self._metrics.end_optimizer_step(norm)
 
     def _divergence(self, transitions: RoundTransitions, steps: list[Indices]) -> Divergence:
-        some = kl_subset(transitions, steps, self._micro_batch_size, self._process_group)
-        return divergence(self._policy, some, self._process_group, self._compiles)
+        some = kl_subset(transitions, steps, self._micro_batch_size, self._kl_group)
+        return divergence(self._policy, some, self._kl_group, self._compiles)
 
-    def _needs_reference_kl(self, policy_version: int) -> bool:
-        """Return whether this version is evaluated and the pretrained policy is available (LoRA only)."""
-        due = self._recipe.evaluation.is_due(policy_version, self._recipe.rounds)
-        return due and self._recipe.policy.table().get("train", "lora") == "lora"
+    def state(self, newest_only: bool = False) -> LearnerState:
+        """Return a copy of all state. If optimizer state is sharded, the copy has this rank's shard only.
 
-    def state(self) -> LearnerState:
-        """Return a copy of all state. If optimizer state is sharded, the copy has this rank's shard only."""
+        A collective if weights are sharded: rank 0's copy then has the full weights, and that of others none.
+
+        Args:
+            newest_only: leave out the published versions but the newest.
+        """
+        first = self._process_group.rank == 0
+        versions = self._published[-1:] if newest_only else self._published
+        published = tuple(whole for each in versions if (whole := self._weights.whole(each, first)) is not None)
+        same = self._trained.fingerprint == self._published[-1].fingerprint
+        own = None if same else self._weights.whole(self._trained, first)
         optimizer = optimizer_arrays(self._optimizer, self._owned)
-        own = None if self._trained.fingerprint == self._published[-1].fingerprint else self._trained
-        state = (self._version, self._published, optimizer, self._scaler.state_dict(), own)
-        return LearnerState(*state, self._micro_batch_size, self._machine)
+        state = (self._version, published, optimizer, self._scaler.state_dict(), own)
+        found = LearnerState(*state, self._micro_batch_size, self._machine, self._recomputes)
+        return self._companions.state(found, self._weights, first)
 
     def load_state(self, state: LearnerState, *weights: PolicyWeights) -> None:
         """Resume from `state`, and discard the parts of a round that were begun.
@@ -312,23 +347,37 @@ class Learner:
             ValueError: the state belongs to another network.
         """
         state = replace(state, weights=weights or state.weights)
-        load_weights(self._policy.network, state.trained)
+        published = tuple(self._weights.held(each) for each in state.weights)
+        trained = published[-1] if state.own_weights is None else self._weights.held(state.own_weights)
+        load_held(self._policy.network, trained)
         load_optimizer_arrays(self._optimizer, self._owned, state.optimizer)
+        self._companions.load(state, self._weights)
         self._metrics, self._log_ratios = self._no_metrics(), None
         self._steps.forget()
         if state.scaler:
             self._scaler.load_state_dict(state.scaler)
-        self._version, self._published, self._trained = state.policy_version, state.weights, state.trained
+        self._version, self._published, self._trained = state.policy_version, published, trained
         # A size that was found by trial must stay: another size gives other last bits.
         if self._settings.micro_batch_size == "auto" and state.micro_batch_size is not None:
             self._use_micro_batch_size(state.micro_batch_size)
+        if self._config.gradient_checkpointing == "auto" and state.recomputes is not None:
+            self._use_checkpointing(state.recomputes)
 
     def _use_micro_batch_size(self, size: int) -> None:
-        if size == self._micro_batch_size:
-            return
-        self._micro_batch_size = size
-        if self._compiles:
+        changes, self._micro_batch_size = size != self._micro_batch_size, size
+        if changes and self._compiles:
             self._policy.compile(size)
+
+    def _use_checkpointing(self, on: bool) -> None:
+        changes, self._recomputes = on != self._recomputes, on
+        if changes:
+            use_checkpointing(self._policy.network, on)
+            self._policy.graphed = None  # re-computation cannot be recorded
+            self._set_up_execution()
+
+    def _set_up_execution(self) -> None:
+        if not self._shards_weights:  # a CUDA graph would not gather weights
+            set_up_execution(self._config, self._policy, "learner", self._micro_batch_size)
 
     def check_folder(self, location: str, token: str) -> None:
         """Check that the run's folder is the same as on the driver's machine.
@@ -336,15 +385,15 @@ class Learner:
         Raises:
             ValueError: the folder is another one on this machine, so that the trained weights would be lost.
         """
-        if not RunFolder(location).has_token(token):
-            raise ValueError(
-                f"output_dir: {location} on the learner's machine is not the driver's: what the learner writes there "
-                "would be lost; give --output_dir a path on storage that all nodes see, or a URI (s3://…)"
-            )
+        RunFolder(location).check_token(token, "the learner's machine")
 
     def save_policy(self, location: str, weights: PolicyWeights | None = None) -> str:
-        """Write the trained weights, or `weights`, for diffusers into a run's folder, and return their location."""
-        storage, present = Storage(location), self._trained
-        with local_folder(storage) as folder, temporary_weights(self._policy.network, weights or present, present):
+        """Write the trained weights, or `weights`, for diffusers into a run's folder, and return their location.
+
+        Args:
+            weights: needed if weights are sharded.
+        """
+        storage = Storage(location)
+        with local_folder(storage) as folder, self._weights.saving(weights, self._trained):
             written = self._policy.save(folder).relative_to(folder)
         return storage.folder(str(written)).location

@@ -1,4 +1,4 @@
-"""Try a user's model family or algorithm on the learner before the first round, on synthetic transitions."""
+"""Try a user's model family, algorithm or differentiable reward on the learner before the first round."""
 
 import numpy as np
 import torch
@@ -17,17 +17,21 @@ from ray_ddpo.common.trajectory import TransitionBatch
 from ray_ddpo.common.user_code.blame import blamed, call, call_if_own, is_users_own
 from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.algorithms.algorithm import Algorithm, TransitionLoss
+from ray_ddpo.learner.algorithms.reward_gradient import RewardGradient
 from ray_ddpo.learner.optimization.micro_batch import made_up_batch
+from ray_ddpo.learner.reward_gradient_trial import try_reward_gradients
 
 
 def try_learning(policy: Policy, config: PolicyConfig, algorithm: Algorithm, recipe: Recipe) -> None:
     """Compute a loss and gradients on two synthetic transitions, and discard the gradients.
 
-    Only a user's model family or algorithm is tried, not those of this package.
+    Only a user's model family, algorithm or differentiable reward is tried, not those of this package.
 
     Raises:
         ValueError: a method of the user's raises, or returns a wrong type, shape or dtype.
     """
+    if isinstance(algorithm, RewardGradient):
+        try_reward_gradients(policy, algorithm)
     own_family, own_algorithm = is_users_own(config, POLICIES), is_users_own(algorithm, ALGORITHMS)
     if not own_family and not own_algorithm:
         return

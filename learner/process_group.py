@@ -9,6 +9,7 @@ import torch
 import torch.distributed as distributed
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ray_ddpo.common.recipe.recipe import Recipe
 
@@ -126,6 +127,25 @@ class ProcessGroup:
         own = list(dict.fromkeys(indices[:, 0].tolist()))[self.rank :: self.world_size]
         return indices[torch.isin(indices[:, 0], torch.tensor(own, dtype=torch.int64))]
 
+    def share_of_step(self, indices: Int[Tensor, "B 2"], even: bool) -> tuple[Int[Tensor, "M 2"], int]:
+        """Return the items that this rank passes, and how many of them are its own share. Not a collective.
+
+        Args:
+            even: give a rank with an image less than others one of theirs behind its own, because all ranks must take
+                part in every pass.
+        """
+        own = self.share(indices)
+        images = list(dict.fromkeys(indices[:, 0].tolist()))
+        more = len(images) % self.world_size  # ranks with an image more than the others
+        if not even or not more or self.rank < more:
+            return own, len(own)
+        return torch.cat([own, indices[indices[:, 0] == images[0]]]), len(own)
+
+    def mesh(self) -> DeviceMesh:
+        """Return all ranks as torch's mesh of one axis, whose collectives have this group's backend. A collective."""
+        with self._converted_errors():
+            return init_device_mesh(torch.device(self._device).type, (self.world_size,))
+
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum every gradient over all ranks, a missing one as 0, to the same bits on each."""
         if self.world_size == 1:
@@ -187,6 +207,18 @@ class ProcessGroup:
         own[: len(found)] = found.to(self._device)
         return torch.cat([row[:length] for row, length in zip(self._all_gather_rows(own), lengths, strict=True)])
 
+    def all_gather_rows(self, own: Float[Tensor, "N"], lengths: list[int]) -> list[Float[Tensor, "_"]]:
+        """Return all ranks' vectors, in the order of ranks, in the host's memory.
+
+        Args:
+            lengths: of each rank's vector.
+        """
+        if self.world_size == 1:
+            return [own]
+        padded = own.new_zeros(max(lengths), device=self._device)
+        padded[: len(own)] = own.to(self._device)
+        return [row[:length].cpu() for row, length in zip(self._all_gather_rows(padded), lengths, strict=True)]
+
     def check_equal(self, parameters: Iterable[nn.Parameter]) -> None:
         """Compare the weights of all ranks, bit for bit.
 
@@ -215,6 +247,22 @@ class ProcessGroup:
         if others:
             raise OtherRankFailed("another rank failed, and reports the reason itself")
 
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Convert errors of collectives inside the network's passes, which sharded weights are gathered with.
+
+        Raises:
+            RankLost: a collective failed, since another rank is gone.
+        """
+        try:
+            yield
+        except RankLost:
+            raise
+        except RuntimeError as error:
+            if not _is_of_a_collective(error):
+                raise
+            raise error_of_collective(self, error) from error
+
     def _all_gather_numbers(self, number: int) -> list[int]:
         own = torch.tensor([number], dtype=torch.int64, device=self._device)
         with self._converted_errors():
@@ -234,15 +282,21 @@ class ProcessGroup:
             raise error_of_collective(self, error) from error
 
 
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    """Return whether a backend raised this error. Gloo's errors have no class of their own, but its file in the text."""
+    return isinstance(error, distributed.DistError) or "/gloo/" in str(error)
+
+
 def process_groups(recipe: Recipe) -> tuple[ProcessGroup, ...]:
     """Return a process group for each rank of a recipe's learner.
 
-    Two ranks may share a GPU if each asks for half of one or less.
+    Two ranks may share a GPU if each asks for half of one or less, unless each shares one with a sampler.
     """
     world_size, runtime = recipe.learner.world_size, recipe.runtime
+    own_gpu = recipe.learner.num_gpus > 0.5 or recipe.learner.colocated
     # Longer than the driver's own limits, so that the driver finds out first which process is to blame.
     seconds = runtime.ready_seconds + runtime.watchdog_seconds
-    return tuple(ProcessGroup(rank, world_size, recipe.learner.num_gpus > 0.5, seconds) for rank in range(world_size))
+    return tuple(ProcessGroup(rank, world_size, own_gpu, seconds) for rank in range(world_size))
 
 
 def buffer_bytes(trained_parameters: int, world_size: int) -> int:

@@ -15,6 +15,7 @@ each round sends the new version and the optimizer state over the network once.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +55,7 @@ class RayLearnerGroup(LearnerGroup):
         wait: Wait,
         on_death: Callable[[Death], None],
         max_policy_lag: int,
+        shards_weights: bool = False,
     ) -> None:
         """Take over the ranks' actors.
 
@@ -62,7 +64,8 @@ class RayLearnerGroup(LearnerGroup):
             make: starts new actors in their place.
             wait: blocks until one of some references is ready.
             on_death: reports and counts a death, and may refuse a restart by raising.
-            max_policy_lag: of the recipe; decides which versions are kept.
+            max_policy_lag: most rounds that a version is behind which is kept, the recipe's `kept_lag`.
+            shards_weights: full weights must be gathered from all ranks.
         """
         self._actors = actors
         self._ended = 0  # number of actors before the current ones
@@ -71,8 +74,11 @@ class RayLearnerGroup(LearnerGroup):
         self._wait = wait
         self._on_death = on_death
         self._max_policy_lag = max_policy_lag
+        self._shards_weights = shards_weights
         # A callback that compares the ranks' loaded files, given the rank's name and their fingerprints. May raise.
         self.on_loaded: Callable[[str, Base], None] = lambda who, loaded: None
+        # The learner's turn on GPUs that ranks share with samplers. None: ranks share none.
+        self.turn: Callable[[], AbstractContextManager[None]] | None = None
         self._rendezvous: Rendezvous | None = None  # must outlive the ranks
         self._state: LearnerState | None = None  # after the last completed round, with StoredWeights
         self._begun: list[Scored] = []  # parts of the current round
@@ -85,7 +91,7 @@ class RayLearnerGroup(LearnerGroup):
             RoleNotStarted: the constructor of an actor raised an error.
         """
         self._load_and_join()
-        self._state = _with_stored_weights(self._call("state"))
+        self._state = _with_stored_weights(self._call("state", on_all_ranks=self._shards_weights))
 
     def _load_and_join(self) -> None:
         """Wait until the ranks are loaded, compare what they loaded, and let them join at a rendezvous."""
@@ -166,6 +172,19 @@ class RayLearnerGroup(LearnerGroup):
             self._beginning.append(begin.remote(batch, *trajectories))
 
     def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
+        if self.turn is None:
+            return self._learn(batch, rollouts)
+        with self.turn():
+            try:
+                learned = self._learn(batch, rollouts)
+            except TrajectoriesLost:
+                self._call("sleep", on_all_ranks=True)
+                raise
+            self._call("sleep", on_all_ranks=True)
+            return learned
+
+    def _learn(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
+        """Train on a round. If a rank dies, restart all ranks and train again."""
         while True:
             try:
                 learned = self._update(batch, [rollout.trajectory for rollout in rollouts])
@@ -247,6 +266,9 @@ class RayLearnerGroup(LearnerGroup):
         self._call("check_folder", folder, token)
 
     def save_policy(self, folder: str, weights: PolicyWeights | None = None) -> str:
+        if self._shards_weights and weights is None:  # no rank has the full weights
+            assert self._state is not None, "the ranks are loaded"
+            weights = self._state.trained
         return self._call("save_policy", folder, weights and reference_to(weights))
 
     def machine(self) -> Machine | None:

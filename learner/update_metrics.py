@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
 from ray_ddpo.learner.process_group import ProcessGroup
+from ray_ddpo.learner.restart_check import RestartError
 from ray_ddpo.learner.weight_check import Arrival
 
 NUMBERS = tuple(each.name for each in dataclasses.fields(TransitionLoss) if each.name != "terms")
@@ -27,6 +28,7 @@ class UpdateMetrics:
         self._latent_elements = latent_elements
         self.optimizer_steps = 0
         self._skipped_steps = 0
+        self._learning_rate = math.nan
         self._any_update = False
         self._first_log_ratios: list[Tensor] = []
         self._results: list[TransitionLoss] = []
@@ -34,6 +36,7 @@ class UpdateMetrics:
         self._gradient_norms: list[Tensor] = []
         self._divergence: Divergence = []
         self._reference_kl: list[Tensor] = []
+        self._restarts: list[RestartError] = []
 
     def add_micro_batch(self, result: TransitionLoss, steps: Int[Tensor, "B"] | None) -> None:
         """Add the loss and diagnostics of a micro-batch.
@@ -46,6 +49,10 @@ class UpdateMetrics:
             self._steps.append(steps)
         if not self._any_update and result.log_ratio is not None:  # before any optimizer step the ratio should be 1
             self._first_log_ratios.append(result.log_ratio)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate of the optimizer step that begins."""
+        self._learning_rate = rate
 
     def end_optimizer_step(self, gradient_norm: Float[Tensor, ""]) -> None:
         """Add the gradient norm of an optimizer step before clipping. If not finite, the step was not applied."""
@@ -71,6 +78,10 @@ class UpdateMetrics:
     def set_reference_kl(self, kl: list[Tensor]) -> None:
         """Set the KL to the pretrained policy after the update, by batch, for algorithms that do not compute it."""
         self._reference_kl = kl
+
+    def set_restart(self, found: RestartError) -> None:
+        """Add the differences between the sampler's images and rewards and the learner's, of a part of the round."""
+        self._restarts.append(found)
 
     def gather(self, process_group: ProcessGroup) -> None:
         """Add the transitions of the other ranks, so that the summary is of all transitions."""
@@ -100,14 +111,24 @@ class UpdateMetrics:
         """Return log_prob − old_log_prob of every transition in training; None if the algorithm has no ratio."""
         return self._concatenated("log_ratio")
 
+    def _copy_to_host(self) -> None:
+        """Copy the round's columns to the host, so that the summary does not wait for the device at each number."""
+        columns = {name: self._concatenated(name) for name in NUMBERS}
+        on_host: dict[str, Any] = {name: value.cpu() for name, value in columns.items() if value is not None}
+        self._results = [TransitionLoss(**on_host)] if on_host else []
+        self._steps = [torch.cat(self._steps).cpu()] if self._steps else []
+        self._divergence = [(steps.cpu(), log_ratio.cpu()) for steps, log_ratio in self._divergence]
+
     def summary(self) -> dict[str, float]:
         """Return the round's metrics, without those that the algorithm does not compute."""
+        self._copy_to_host()
         loss = self._concatenated("loss")
         norms = torch.stack(self._gradient_norms).cpu() if self._gradient_norms else torch.empty(0)
         applied = norms[norms.isfinite()]
         metrics = {
             "loss": math.nan if loss is None else float(loss.mean()),
             "grad_norm": float(applied.mean()) if len(applied) else math.nan,
+            "learning_rate": self._learning_rate,
             "optimizer_steps": float(self.optimizer_steps),
             "optimizer_steps_skipped": float(self._skipped_steps + len(norms) - len(applied)),
             "optimizer_steps_not_finite": float(len(norms) - len(applied)),
@@ -117,7 +138,21 @@ class UpdateMetrics:
         rounding = [each.rounding for each in self._arrivals if each.rounding is not None]
         if rounding:
             metrics["log_prob_check/rounding"] = max(rounding)
-        return metrics | self._ratios() | self._off_policy(loss) | self._kl()
+        return metrics | self._ratios() | self._off_policy(loss) | self._kl() | self._rewards()
+
+    def _rewards(self) -> dict[str, float]:
+        """Return the metrics of algorithms on differentiable rewards."""
+        metrics, reward = {}, self._concatenated("reward")
+        if reward is not None:
+            metrics["learner/reward"] = float(reward.mean())
+            metrics["learner/reward_min"] = float(reward.min())
+        shift = self._concatenated("prediction_shift")
+        if shift is not None:
+            metrics["learner/prediction_shift"] = float(shift.mean())
+        if self._restarts:
+            metrics["restart_check/grey_levels"] = max(each.grey_levels for each in self._restarts)
+            metrics["restart_check/reward"] = max(each.reward for each in self._restarts)
+        return metrics
 
     def _concatenated(self, name: str) -> Float[Tensor, "N"] | None:
         """Return a field of all the round's transitions; None if the algorithm does not compute it."""
@@ -143,10 +178,17 @@ class UpdateMetrics:
                 "ratio/max": float(log_ratio.max().exp()) if len(log_ratio) else math.nan,
                 "ratio/max_abs_log": float(torch.cat(self._first_log_ratios).abs().max()),
             }
+        agrees = self._concatenated("agrees")
+        if agrees is not None:
+            metrics["preference_accuracy"] = float(agrees.mean())
         if clipped is not None:
-            steps = torch.cat(self._steps)
             metrics |= {"clip_fraction": float(clipped.mean())}
-            metrics |= self._by_step("clip_fraction", clipped, steps if mask is None else steps[mask > 0])
+            steps = _cat(self._steps)
+            if steps is not None:  # noised samples have none
+                metrics |= self._by_step("clip_fraction", clipped, steps if mask is None else steps[mask > 0])
+        for name, share in (("dual_clip_fraction", "dual_clipped"), ("trust_region_fraction", "distrusted")):
+            held = self._unmasked(share)
+            metrics |= {} if held is None else {name: float(held.mean())}
         return metrics
 
     def _kl(self) -> dict[str, float]:
@@ -155,6 +197,8 @@ class UpdateMetrics:
         if self._divergence:
             steps = torch.cat([of_batch for of_batch, _ in self._divergence])
             metrics |= self._by_step("kl_nats", self._nats(self._divergence), steps)
+        moving = self._unmasked("kl_moving_reference")
+        metrics |= {} if moving is None else {"kl_moving_reference_nats": float(moving.mean())}
         reference = self._unmasked("kl_reference")
         if reference is None and self._reference_kl:
             reference = torch.cat(self._reference_kl)

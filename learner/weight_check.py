@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
 from ray_ddpo.common.machine import Machine
-from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import TaskReport, TrainBatch
 from ray_ddpo.learner.round_data.transitions import Indices, RoundTransitions
-from ray_ddpo.learner.temporary_weights import temporary_weights
+from ray_ddpo.learner.sharding.weight_shards import WeightShards
+from ray_ddpo.learner.temporary_weights import HeldWeights, temporary_weights
 
 NUM_TASKS = 8  # the fewest tasks of a round to check, since each may come from another sampler
 
@@ -37,7 +37,7 @@ def log_prob_tolerance(given: float | None, policy: PolicyConfig) -> float:
     return 1e-4 if policy.dtype_of("sampler") == torch.float32 else 1e-2
 
 
-def refuse_mismatch(report: TaskReport, published: tuple[PolicyWeights, ...], parameters: int) -> None:
+def refuse_mismatch(report: TaskReport, published: tuple[HeldWeights, ...], parameters: int) -> None:
     """Compare a task's report with the published weights.
 
     Raises:
@@ -126,8 +126,8 @@ class ArrivalCheck:
         self,
         batch: TrainBatch,
         transitions: RoundTransitions,
-        wanted: PolicyWeights,
-        present: PolicyWeights,
+        wanted: HeldWeights,
+        present: HeldWeights,
         here: Machine,
     ) -> Arrival:
         """Compare the samplers' log-probs with those under the weights of the round's version.
@@ -140,12 +140,14 @@ class ArrivalCheck:
         Raises:
             WeightsDidNotArrive: the log-probs differ by more than the tolerance.
         """
-        _refuse_unnumbered(batch, transitions)
-        batches = rows_to_check(transitions, batch.dropped, self._rows)
+        refuse_unnumbered(batch, transitions)
+        # Replayed images were checked in their own round, and other weights sampled them.
+        batches = rows_to_check(transitions, (*batch.dropped, *batch.replayed), self._rows)
         rounding = None
         with temporary_weights(self._policy.network, wanted, present):
             found = [log_prob_differences(self._policy, transitions, rows) for rows in batches]
         if self._copy is not None:
+            assert not isinstance(wanted, WeightShards), "a recipe with sharded weights needs no second copy"
             rounding = max((float(each.max()) for each in found), default=0.0)
             self._move_copy(self._policy.device)
             self._copy.load_weights(wanted)
@@ -176,7 +178,7 @@ class ArrivalCheck:
             self._copy.merged.to(device)
 
 
-def _refuse_unnumbered(batch: TrainBatch, transitions: RoundTransitions) -> None:
+def refuse_unnumbered(batch: TrainBatch, transitions: RoundTransitions) -> None:
     """Raise WeightsDidNotArrive if a log-prob of the round is not finite."""
     broken = (~transitions.log_probs.isfinite().all(1)).nonzero().flatten().tolist()
     for image in broken:
@@ -193,4 +195,5 @@ def computes_as_samplers(config: PolicyConfig, recipe: Recipe) -> bool:
     if not config.numerics_differ:
         return True
     same = config.dtype_of("learner") == config.dtype_of("sampler") and not config.merge_adapters
+    same = same and config.sampler_storage is None
     return same and config.compile == "both" and recipe.learner.micro_batch_size == recipe.sampling.batch_size

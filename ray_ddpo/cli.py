@@ -177,10 +177,10 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from ray_ddpo.common.recipe.recipe import Recipe
-    from ray_ddpo.deploy.commands.plan.plan import plan
+    from ray_ddpo.deploy.commands.plan.plan import plan, recipe_to_plan
 
-    print(plan(Recipe.load(options.recipe, options.overrides)))
+    recipe = recipe_to_plan(options.recipe, options.overrides, options.gpus)
+    print(plan(recipe, options.gpus, options.gpu_memory, options.output))
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -230,8 +230,23 @@ def _report(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from ray_ddpo.deploy.commands.evaluate import evaluate
+    from ray_ddpo.deploy.commands.suite.suite import evaluate_suite
 
+    if options.suite:
+        print(evaluate_suite(options))
+        return
+    if options.scorers:
+        raise ValueError("--scorers is for a suite: name one with --suite, or give --evaluation.scorers")
     print(evaluate(options.weights, options.against, options.recipe, options.output, options.overrides))
+
+
+def _prompts(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from ray_ddpo.deploy.commands.prompt_sets import fetch_set, list_sets
+
+    for line in fetch_set(options.set, Path(options.output)) if options.set else list_sets():
+        print(line)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -264,6 +279,12 @@ def _replay(options: argparse.Namespace) -> int:
     text, is_equal = replay(options.replayed, options.round, options.overrides)
     print(text)
     return 0 if is_equal else 1
+
+
+def _preferences(options: argparse.Namespace) -> None:
+    from ray_ddpo.deploy.commands.preferences import check_file, write_file
+
+    print(write_file(options.source, options.output) if options.output else check_file(options.source))
 
 
 def _migrate(options: argparse.Namespace) -> None:
@@ -300,6 +321,8 @@ RUN = {
     "export": _export,
     "push": _push,
     "replay": _replay,
+    "preferences": _preferences,
+    "prompts": _prompts,
     "migrate": _migrate,
     "fit-aesthetic": _fit_aesthetic,
 }

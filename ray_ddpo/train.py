@@ -6,7 +6,6 @@ from ray_ddpo.actors.rollouts.inquiry import RewardFailed
 from ray_ddpo.actors.rollouts.ray_stream import StallError
 from ray_ddpo.common.metrics.round_metrics import RoundClock
 from ray_ddpo.common.policy_versions import last_startable_round
-from ray_ddpo.common.prompts import SamplePrompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.lease import Lease
 from ray_ddpo.common.run_storage.run_folder import RunFolder
@@ -16,6 +15,8 @@ from ray_ddpo.common.trackers.tracker import RunInfo
 from ray_ddpo.common.trajectory import Scored
 from ray_ddpo.deploy.driver.components import NOTHING_GIVEN, Components, Given, build_components
 from ray_ddpo.deploy.driver.progress import RunProgress
+from ray_ddpo.deploy.driver.replay_buffer import ReplayBuffer
+from ray_ddpo.deploy.driver.resampling import collected_rollouts, sampled_again
 from ray_ddpo.deploy.driver.start import start_of
 from ray_ddpo.deploy.driver.supervision import Stopped, Supervision
 from ray_ddpo.deploy.driver.workers import Workers, ray_workers, serial_workers
@@ -23,6 +24,7 @@ from ray_ddpo.deploy.evaluation.eval_runner import EvalRunner
 from ray_ddpo.deploy.hub import check_push
 from ray_ddpo.learner.learner_group import Learned, TrajectoriesLost
 from ray_ddpo.learner.optimization.optimizer_steps import NotFinite
+from ray_ddpo.learner.restart_check import RestartDiffers
 
 
 def run_training(
@@ -74,9 +76,9 @@ def run_training(
 
 def run_rounds(components: Components, workers: Workers, progress: RunProgress, supervision: Supervision) -> None:
     """Data goes one way round: prompts → sampler → reward → advantages → learner → weights → sampler."""
-    recipe, stream, sample = components.recipe, workers.stream, components.prompts.load()
-    submitted = progress.rounds_done
+    recipe, sample, submitted = components.recipe, components.prompts.load(), progress.rounds_done
     try:
+        replay = ReplayBuffer(components, workers, progress.buffer, sample).restore(submitted)
         for round_index in range(progress.rounds_done, recipe.rounds):
             if progress.evaluating.is_over:  # the guard ended the run
                 break
@@ -87,17 +89,19 @@ def run_rounds(components: Components, workers: Workers, progress: RunProgress, 
             progress.evaluating.submit(round_index)  # held-out prompts → sampler, behind them
             scored: list[Scored] = []
             for tasks in round_parts(recipe):  # one, unless the learner is to begin with a round's first tasks
-                rollouts = stream.collect(round_index, tasks)  # sampler → reward → scores and references
+                # sampler → reward → scores and references
+                rollouts = collected_rollouts(components, workers, round_index, tasks, sample)
                 scored.append((progress.buffer.train_batch(rollouts), rollouts))  # scores → advantages
                 if len(scored) < recipe.learner.parts_per_round:
                     workers.learner.begin(*scored[-1])
             collected = time.monotonic()
-            learned, state = learn(components, workers, scored, sample)  # trajectories → learner
+            learned, state = learn(workers, replay.joined(scored))  # trajectories → learner
+            replay.add(scored)
             progress.learned(state, learned)
             progress.write(scored, learned, RoundClock(started, collected, time.monotonic()), workers)
             supervision.check()
             del rollouts, scored  # or the store would hold this round's trajectories while the next is collected
-    except (NotFinite, RewardFailed, Stopped) as ended:
+    except (NotFinite, RestartDiffers, RewardFailed, Stopped) as ended:
         if not isinstance(ended, Stopped) or ended.may_commit:
             progress.commit()
         if isinstance(ended, NotFinite):
@@ -105,15 +109,12 @@ def run_rounds(components: Components, workers: Workers, progress: RunProgress, 
         raise
 
 
-def learn(components: Components, workers: Workers, scored: list[Scored], sample: SamplePrompt) -> Learned:
+def learn(workers: Workers, scored: list[Scored]) -> Learned:
     """Learn from a round while others are sampled; trajectories that were lost with their node are re-sampled first."""
     while True:
         try:
             return workers.learner.update(*scored[-1])
         except TrajectoriesLost:
-            round_index = scored[-1][0].round
-            workers.submit(round_tasks(components.recipe, round_index, sample))
-            again = [workers.stream.collect(round_index, tasks) for tasks in round_parts(components.recipe)]
-            scored = [(batch, rollouts) for (batch, _), rollouts in zip(scored, again, strict=True)]
+            scored = sampled_again(workers, scored)
             for part in scored[:-1]:
                 workers.learner.begin(*part)

@@ -12,21 +12,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ray_ddpo.common.diffusion import POLICIES
-from ray_ddpo.common.diffusion.families.flux import packed
+from ray_ddpo.common.diffusion.families.packing import packed
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
-from tests.tiny_families import policy_table
+from tests.tiny_families import PACKED, call_keys, policy_table
 
 ABSENT = object()  # the key is taken out of the file
 PROMPTS, SEEDS = ["a cat", "abcdefgh ijklm"], [3, 4]
 SCALE, STEPS = 3.0, 4
 UNETS = ("stable_diffusion", "sdxl")
-CALL: dict[str, dict[str, Any]] = {
-    "sd3": {"max_sequence_length": 12},
-    "flux": {"max_sequence_length": 12, "height": 16, "width": 16},
-}
 # What diffusers and transformers raise where they refuse a configuration.
 LIBRARY_ERRORS = (
     *(ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, ImportError, AssertionError),
@@ -122,12 +118,12 @@ def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) ->
     """Sample with the pipeline's own call."""
     pipeline, seen = plain_pipeline(name, model), []
     latent_shape = config_of(name, model).latent_shape(dict(getattr(pipeline, network_of(name)).config))
-    keys: dict[str, Any] = {"num_inference_steps": num_steps, "guidance_scale": SCALE, **CALL.get(name, {})}
+    keys: dict[str, Any] = {"num_inference_steps": num_steps, **call_keys(name, SCALE)}
     if name in UNETS:
         keys |= {"eta": eta, "generator": [torch.Generator().manual_seed(seed) for seed in SEEDS]}
     else:
         noise = next(image_noise(SEEDS, latent_shape))
-        keys["latents"] = packed(noise) if name == "flux" else noise
+        keys["latents"] = packed(noise) if name in PACKED else noise
 
     def watch(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         seen.append(values["latents"])
@@ -148,7 +144,7 @@ def ours_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Sa
     window = range(num_steps) if name in UNETS and eta else range(0)
     latents = sample_trajectories(policy, PROMPTS, SEEDS, sampling, window).final_latents
     images = policy.decode(latents).numpy().astype(int)
-    return Sampled(packed(latents) if name == "flux" else latents, images)
+    return Sampled(packed(latents) if name in PACKED else latents, images)
 
 
 def network_of(name: str) -> str:

@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
 from ray_ddpo.common.diffusion.policy import Conditioning, Policy, PolicyConfig, Role
 from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained
 from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
+from tests.tiny_families import KEYS
 
 STD = 0.3
 
@@ -41,8 +44,8 @@ class DoublePolicy(Policy):
         return noise
 
     def _predicted(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        embeds = conditioning["prompt_embeds"].double()
-        return self.network(latents.double(), timesteps, embeds, return_dict=False)[0]
+        rows = {name: value.double() for name, value in conditioning.items() if not name.startswith("negative_")}
+        return self._inner._call(latents=latents.double(), timesteps=timesteps, **rows)
 
     def transition(
         self, latents: Tensor, steps: Tensor, conditioning: Conditioning, stochastic: bool = True
@@ -62,7 +65,7 @@ class DoublePolicy(Policy):
 
     def save(self, folder: Path) -> Path:
         config = self._inner.config
-        return save_trained(self.network, config.train, config.lora, folder, "unet")
+        return save_trained(self.network, config.train, config.lora, folder, config.network_name)
 
     def restore(self, path: Path) -> None:
         restore_trained(self.network, self._inner.config.train, path)
@@ -70,6 +73,8 @@ class DoublePolicy(Policy):
 
 class Double(PolicyConfig):
     """The configuration; `model` is the folder of a tiny pipeline."""
+
+    family: str = "stable_diffusion"
 
     def check(self) -> None:
         pass
@@ -80,5 +85,6 @@ class Double(PolicyConfig):
     def load(self, device: str, sampling: SamplingTable, role: Role) -> DoublePolicy:
         return DoublePolicy(self._single().load(device, sampling, role))
 
-    def _single(self) -> StableDiffusion:
-        return StableDiffusion(model=self.model, train=self.train)
+    def _single(self) -> DiffusersConfig:
+        keys = {"model": self.model, "train": self.train, "gradient_checkpointing": self.gradient_checkpointing}
+        return build(POLICIES, {"name": self.family, **keys, **KEYS.get(self.family, {})}, "policy", DiffusersConfig)

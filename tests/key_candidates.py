@@ -167,6 +167,33 @@ FLUX: dict[str, list[Any]] = {
     "guidance_embeds": [False],
     "axes_dims_rope": [[6, 4, 6], [4, 4, 4]],
 }
+QWEN_IMAGE: dict[str, list[Any]] = {
+    "patch_size": [1],
+    "in_channels": [64],
+    "out_channels": [8, None],
+    "num_layers": [1],
+    "attention_head_dim": [32],
+    "num_attention_heads": [4],
+    "joint_attention_dim": [24],
+    "guidance_embeds": [True],
+    "axes_dims_rope": [[6, 6, 4]],
+    "zero_cond_t": [True],
+    "use_additional_t_cond": [True],
+    "use_layer3d_rope": [True],
+    "unknown_key": [1],
+}
+QWEN_DECODER: dict[str, list[Any]] = {
+    "latents_mean": [[1.0, 0.0, 2.0, 0.0], [1.0], None],
+    "latents_std": [[1.0, 3.0, 2.0, 1.0], [1.0, 0.0, 1.0, 1.0]],
+    "z_dim": [8],
+    "num_res_blocks": [2],
+    "dim_mult": [[1, 2]],
+    "temperal_downsample": [[True]],
+    "input_channels": [4],
+    "scaling_factor": [0.5],
+}
+QWEN_TEXT: dict[str, list[Any]] = {"tie_word_embeddings": [True], "vision_start_token_id": [3]}
+QWEN_TOKENIZER: dict[str, list[Any]] = {"model_max_length": [20, ABSENT], "padding_side": ["left"], "pad_token": ["!"]}
 UNET_PARTS: dict[str, dict[str, list[Any]]] = {"unet": UNET, "scheduler": DDIM, "model_index": INDEX}
 FLOW_PARTS: dict[str, dict[str, list[Any]]] = {
     "vae": DECODER,
@@ -182,6 +209,8 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     | {"transformer": SD3, "text_encoder_2": CLIP, "text_encoder_3": T5, "tokenizer_2": TOKENIZER}
     | {"tokenizer_3": T5_TOKENIZER},
     "flux": FLOW_PARTS | {"transformer": FLUX, "text_encoder_2": T5, "tokenizer_2": T5_TOKENIZER},
+    "qwen_image": {"transformer": QWEN_IMAGE, "vae": QWEN_DECODER, "scheduler": FLOW, "text_encoder": QWEN_TEXT}
+    | {"tokenizer": QWEN_TOKENIZER},
 }
 EVERY = [
     (name, Change(part, key, value))

@@ -14,18 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as distributed
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
 from ray_ddpo.common.policy_weights import fingerprint
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner import process_group as rank_group
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.process_group import BUCKET_BYTES, OtherRankFailed, ProcessGroup, RankLost, Rendezvous
+from ray_ddpo.learner.sharding.layout import shards_weights
 from ray_ddpo.learner.weight_check import WeightsDidNotArrive
 from tests.double_policy import Double
-from tests.rounds import SampledRound, components_with, learner_of, sample_round
+from tests.rounds import SampledRound, components_with, learner_of, moved, sample_round
 
-LONGEST_SECONDS = 300.0
+LONGEST_SECONDS = 900.0
 KILLED = 9
 
 
@@ -51,6 +55,7 @@ class Outcome:
     log_ratios: list[float] = field(default_factory=list)
     micro_batch_size: float = 0.0
     seconds: float = 0.0
+    bytes: dict[str, int] = field(default_factory=dict)  # that the rank holds, and allocates at the peak
     weights: dict[str, np.ndarray] = field(default_factory=dict)  # at the end, as they were trained
     optimizer_state: dict[str, np.ndarray] = field(default_factory=dict)  # at the end, those that this rank keeps
 
@@ -65,7 +70,9 @@ def with_changes(tables: dict, changes: dict) -> dict:
 def components_of_case(case: Case) -> Components:
     """Return the case's components, with a float64 policy if the case asks for one."""
     components = components_with(case.tables)
-    policy = Double(model=components.policy.model, train=components.policy.train)
+    given, family = components.policy, components.recipe.policy.name
+    checkpointing = given.gradient_checkpointing
+    policy = Double(model=given.model, train=given.train, gradient_checkpointing=checkpointing, family=family)
     return dataclasses.replace(components, policy=policy) if case.double else components
 
 
@@ -74,6 +81,9 @@ def watched(learner: Learner, outcome: Outcome) -> Learner:
     parameters = learner._parameters
 
     def note(*_: object) -> None:
+        if learner._shards_weights:
+            outcome.steps.append(learner._weights.read(0).fingerprint)
+            return
         arrays = {name: value.detach().numpy() for name, value in parameters.items()}
         outcome.steps.append(fingerprint(np.concatenate([array.ravel() for array in arrays.values()]), ()))
 
@@ -95,12 +105,29 @@ def sampled_for(learner: Learner, components: Components, round_index: int, drop
     return SampledRound(batch, sampled.trajectories)
 
 
+def started(components: Components, process_group: ProcessGroup, rendezvous: str) -> Learner:
+    """Return a learner with non-zero adapters that has joined the others."""
+    if not shards_weights(components.recipe.learner):
+        learner = learner_of(components, process_group)
+        if process_group.world_size > 1:
+            learner.join(rendezvous)
+        return learner
+    learner = Learner(components.policy, components.algorithm, components.recipe, process_group)
+    learner.join(rendezvous)
+    learner.load_state(LearnerState(0, (moved(learner.weights()[-1]),), {}, {}))
+    return learner
+
+
+def whole(parameter: torch.Tensor) -> np.ndarray:
+    """Return a parameter, gathered if it is sharded."""
+    value = parameter.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).numpy().copy()
+
+
 def learn(case: Case, process_group: ProcessGroup, rendezvous: str = "") -> Outcome:
     """Rounds as a run has them. One alone needs no rendezvous."""
     outcome, components = Outcome(), components_of_case(case)
-    learner = watched(learner_of(components, process_group), outcome)
-    if process_group.world_size > 1:
-        learner.join(rendezvous)
+    learner = watched(started(components, process_group, rendezvous), outcome)
     for round_index in range(case.rounds):
         sampled = sampled_for(learner, components, round_index, case.dropped)
         metrics, state = learner.update(sampled.batch, *sampled.trajectories)
@@ -109,15 +136,14 @@ def learn(case: Case, process_group: ProcessGroup, rendezvous: str = "") -> Outc
         outcome.optimizer_state = state.optimizer
     outcome.log_ratios = learner.log_ratios().tolist()
     parameters = trained_parameters(learner._policy.network).items()
-    outcome.weights = {name: value.detach().numpy().copy() for name, value in parameters}
+    outcome.weights = {name: whole(value) for name, value in parameters}
     return outcome
 
 
 def joined(case: Case, process_group: ProcessGroup, rendezvous: str) -> tuple[Outcome, Learner, SampledRound]:
     """Return a learner that has joined the others, and its first round."""
     outcome, components = Outcome(), components_of_case(case)
-    learner = watched(learner_of(components, process_group), outcome)
-    learner.join(rendezvous)
+    learner = watched(started(components, process_group, rendezvous), outcome)
     return outcome, learner, sampled_for(learner, components, 0, ())
 
 
@@ -159,6 +185,30 @@ def find_least_micro_batch(case: Case, process_group: ProcessGroup, rendezvous: 
     return outcome
 
 
+def gathered_bytes(network: torch.nn.Module) -> int:
+    """Return the bytes of all parameters that are gathered now."""
+    states = [module._get_fsdp_state() for module in network.modules() if isinstance(module, FSDPModule)]
+    parameters = [each for state in states for group in state._fsdp_param_groups for each in group.fsdp_params]
+    return sum(output.untyped_storage().nbytes() for each in parameters for output in each.all_gather_outputs)
+
+
+def measure_memory(case: Case, process_group: ProcessGroup, rendezvous: str) -> Outcome:
+    """Count what the rank holds, and what is gathered whenever a layer computes, also for re-computed activations."""
+    outcome, learner, sampled = joined(case, process_group, rendezvous)
+    network, gathered = learner._policy.network, [0]
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda *_: gathered.append(gathered_bytes(network)))
+    _, state = learner.update(sampled.batch, *sampled.trajectories)
+    held = [each.to_local() if isinstance(each, DTensor) else each for each in network.parameters()]
+    outcome.bytes = {
+        "weights": sum(each.nbytes for each in held),
+        "optimizer state": sum(array.nbytes for array in state.optimizer.values()),
+        "gathered": max(gathered),
+    }
+    return outcome
+
+
 def lose_one(case: Case, process_group: ProcessGroup, rendezvous: str) -> Outcome:
     """One rank's process ends in the middle of it all."""
     outcome, learner, sampled = joined(case, process_group, rendezvous)
@@ -174,7 +224,8 @@ def lose_one(case: Case, process_group: ProcessGroup, rendezvous: str) -> Outcom
 
 
 DEEDS: dict[str, Callable[[Case, ProcessGroup, str], Outcome]] = {
-    each.__name__: each for each in (learn, meet_a_bad_trajectory, go_apart, find_least_micro_batch, lose_one)
+    each.__name__: each
+    for each in (learn, meet_a_bad_trajectory, go_apart, find_least_micro_batch, measure_memory, lose_one)
 }
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def commands(verb: str, elsewhere: bool = False) -> list[str]:
         elsewhere: Include the blocks that cannot run here: tests/test_digits.py runs an example's in its folder.
     """
     found = [block for page in PAGES for block in blocks(page, "bash") if elsewhere or not block.startswith(ELSEWHERE)]
-    lines = [line for block in found for line in block.splitlines()]
+    lines = [line for block in found for line in re.sub(r" *\\\n *", " ", block).splitlines()]
     return list(dict.fromkeys(line.partition("  #")[0].strip() for line in lines if line.startswith(verb)))
 
 
@@ -72,7 +73,15 @@ RECIPES = ROOT / "deploy" / "recipes"
 @pytest.mark.parametrize("recipe", sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml")))
 def test_every_recipe_is_valid_and_documented(recipe: str) -> None:
     build_components(Recipe.load(RECIPES / recipe))
-    of_recipes = ("algorithms", "aesthetic", "evaluation", "full_fine_tuning", "model_families", "rewards")
+    of_recipes = (
+        "algorithms",
+        "aesthetic",
+        "evaluation",
+        "full_fine_tuning",
+        "model_families",
+        "rewards",
+        "differentiable_rewards",
+    )
     pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in of_recipes)]
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     assert f"`{recipe}`" in text or f"`{recipe.removesuffix('.toml')}`" in text
@@ -109,6 +118,38 @@ def test_documented_commands_are_known_and_name_shipped_recipes() -> None:
             assert words[0] in shipped, command
 
 
+def test_documented_commands_have_no_placeholders() -> None:
+    placeholder = re.compile(r"(?<![\w/=.-])[A-Z]{2,}(?![\w/=.-])")
+    assert [command for command in commands("ddpo ") if placeholder.search(command)] == []
+
+
+def made_by(command: str) -> set[str]:
+    """Return the run and the file that a command makes, as later commands name them."""
+    found = set(re.findall(r"--output (\S+)", command))
+    if command.startswith("ddpo train"):
+        name = re.search(r"--name (\S+)", command) or re.search(r"ddpo train (?:\S*/)?(\w+)", command)
+        found.add(f"runs/{name[1]}" if name else "")
+    return found
+
+
+def earlier_needed(command: str, earlier: list[str]) -> list[str]:
+    """Return the commands among the earlier ones whose file this command names, or that make or name a run of its own."""
+    runs = [{word for word in each.split() if word.startswith("runs/")} for each in (command, *earlier)]
+    said = set(command.split()) | made_by(command)
+    return [each for each, named in zip(earlier, runs[1:], strict=True) if made_by(each) & said or named & runs[0]]
+
+
+def test_commands_wait_for_those_whose_output_they_read() -> None:
+    earlier = ["ddpo train demo", "ddpo train demo --name quick", "ddpo migrate config.json --output from_trl.toml"]
+    assert earlier_needed("ddpo report runs/demo", earlier) == earlier[:1]
+    assert earlier_needed("ddpo evaluate runs/again --against runs/quick --output between", earlier) == earlier[1:2]
+    assert earlier_needed("ddpo plan from_trl.toml", earlier) == earlier[2:]
+    assert earlier_needed("ddpo train demo --from runs/quick --name further", earlier) == earlier[1:2]
+    assert earlier_needed("ddpo doctor demo", earlier) == []
+    both = ["ddpo evaluate runs/quick --evaluation.num_steps 8"]
+    assert earlier_needed("ddpo evaluate runs/quick --evaluation.num_steps 9", both) == both, "they write into one run"
+
+
 @pytest.mark.thorough
 def test_documented_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
     shutil.copytree(RECIPES, tmp_path / "deploy" / "recipes")
@@ -119,11 +160,23 @@ def test_documented_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(blocks(ROOT / "docs" / "coming_from_trl.md", "json")[0])
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     run_of_the_pages = "ddpo train demo --rounds 2 --name quick"
-    for command in dict.fromkeys([run_of_the_pages, *commands("ddpo ")]):
+    ended: dict[str, Future[None]] = {}
+
+    def run(command: str, needed: list[Future[None]]) -> None:
+        for each in needed:
+            each.result()
         # The demo takes minutes: its name stands for the small recipe here.
         typed = re.sub(r"^(ddpo (?:train|plan|doctor)) demo\b", r"\1 deploy/recipes/demo.toml", command)
         done = subprocess.run(typed, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+    # A command waits for earlier ones alone, which have been begun before it. So two threads cannot block each other.
+    with ThreadPoolExecutor(2) as two_at_once:
+        for command in dict.fromkeys([run_of_the_pages, *commands("ddpo ")]):
+            needed = [ended[each] for each in earlier_needed(command, list(ended))]
+            ended[command] = two_at_once.submit(run, command, needed)
+    for each in ended.values():
+        each.result()
     assert (tmp_path / "runs/demo/report/before_after.png").stat().st_size > 10_000
     assert len(list((tmp_path / "runs/demo/samples").glob("*.png"))) == 2
 

@@ -59,12 +59,12 @@ def test_a_source_without_prompts_is_refused(table: dict, message: str, tables: 
         (
             "Misspelt",
             "Misspelt.columns has ['reference_mean']: the columns of a TransitionBatch are ['proximal_log_probs', "
-            "'behavior_means', 'reference_means']",
+            "'proximal_means', 'behavior_means', 'reference_means']",
         ),
         (
             "OfTransitions",
             "OfTransitions.columns has ['behavior_means']: the columns of a NoisedBatch are ['old_predictions', "
-            "'reference_predictions']",
+            "'reference_predictions', 'old_errors', 'reference_errors']",
         ),
     ],
 )

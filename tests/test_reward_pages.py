@@ -20,7 +20,14 @@ DOCS = Path(__file__).parents[1] / "docs"
 SERVICE, VLM = DOCS / "reward_service.md", DOCS / "vlm_alignment.md"
 PAGE = (DOCS / "rewards.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)
-ELSEWHERE = {"function": "extending.md", "http": "reward_service.md", "vlm_alignment": "vlm_alignment.md"}
+ELSEWHERE = {
+    "function": "extending.md",
+    "http": "reward_service.md",
+    "vlm_alignment": "vlm_alignment.md",
+    "vlm_judge": "vlm_judge.md",
+    "unified_reward": "vlm_judge.md",
+}
+URL = "http://localhost:8000"
 
 
 def rows() -> dict[str, list[str]]:
@@ -31,7 +38,12 @@ def rows() -> dict[str, list[str]]:
 
 
 def entry(name: str) -> Reward:
-    needed = {"function": {"path": "tests.user_functions:brightness"}, "http": {"url": "http://localhost:8000"}}
+    needed = {
+        "function": {"path": "tests.user_functions:brightness"},
+        "http": {"url": URL},
+        "vlm_judge": {"url": f"{URL}/v1", "model": "a-model"},
+        "unified_reward": {"url": f"{URL}/v1"},
+    }
     return build(REWARDS, {"name": name, **needed.get(name, {})}, "reward")
 
 

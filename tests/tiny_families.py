@@ -1,5 +1,6 @@
 """Small pipelines of the model families with random weights, of diffusers' own classes and in their format."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ import torch
 from tests.tiny_pipeline import save_tiny_pipeline, tiny_tokenizer
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+QWEN_IMAGE_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
 AUTOENCODER = {
     "block_out_channels": (8, 8),
     "layers_per_block": 1,
@@ -133,6 +138,54 @@ def save_tiny_flux(folder: Path, seed: int = 0, **scheduler: object) -> Path:
     return folder
 
 
+def save_tiny_qwen_image(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write the pipeline. `scheduler` changes its configuration, which ends above noise level 0."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+
+    torch.manual_seed(seed)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.0, 0.3],
+        latents_std=[1.5, 0.7, 1.0, 2.0],
+    )
+    keys: Any = {
+        "use_dynamic_shifting": True,
+        "base_shift": 0.5,
+        "max_shift": 0.9,
+        "max_image_seq_len": 8192,
+        "shift_terminal": 0.02,
+        **scheduler,
+    }
+    tokenizer = tiny_qwen_tokenizer(QWEN_IMAGE_TEMPLATE, 34)
+    QwenImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**keys),
+        vae=vae,
+        text_encoder=_qwen_vl(32, len(tokenizer)),
+        tokenizer=tokenizer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 def save_tiny_digits(folder: Path, seed: int = 0) -> Path:
     """Write the network of docs/digits."""
     from digit_transformer import DigitTransformer
@@ -161,6 +214,30 @@ def tiny_t5_tokenizer(max_length: int = 12) -> Any:
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in letters)]
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=max_length)
+
+
+def tiny_qwen_tokenizer(template: str, length: int) -> Any:
+    """Return a tokenizer of bytes, that reads the template's text before the prompt as `length` tokens, and 1 after it."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    tokenizer: Any = Qwen2Tokenizer(vocab={letter: index for index, letter in enumerate(letters)}, merges=[])
+    before, after = template.split("{}")
+    edges = [round(at * len(before) / length) for at in range(length + 1)]
+    pieces = [before[start:stop] for start, stop in itertools.pairwise(edges)]
+    tokenizer.add_special_tokens({"extra_special_tokens": [*dict.fromkeys(pieces), after]})
+    return tokenizer
+
+
+def _qwen_vl(width: int, vocabulary: int) -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text: Any = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "vocab_size": vocabulary}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    text |= {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    vision: Any = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
 def _clip(width: int, with_projection: bool) -> Any:
@@ -202,16 +279,38 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "sdxl": save_tiny_sdxl,
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
+    "qwen_image": save_tiny_qwen_image,
 }
 FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has them
     "digits:Digits": save_tiny_digits,
     "shapes:Shapes": save_tiny_shapes,
 }
-PROMPTS = {"digits:Digits": ["seven", "3", "a two"], "shapes:Shapes": ["disc", "ring", "cross"]}
+# Families with a mask get prompts of different lengths, so that their masks differ.
+PROMPTS = {
+    "qwen_image": ["a cat", "a calf", "cow"],
+    "digits:Digits": ["seven", "3", "a two"],
+    "shapes:Shapes": ["disc", "ring", "cross"],
+}
 KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model needs
     "sd3": {"max_sequence_length": 12},
     "flux": {"max_sequence_length": 12, "resolution": 16},
+    "qwen_image": {"max_sequence_length": 12, "resolution": 16},
 }
+
+
+PACKED = ("flux", "qwen_image")  # families whose pipelines take and give tokens instead of latents
+
+
+def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str, Any]:
+    """Return the arguments with which a family's own pipeline samples two images of the small model with guidance."""
+    size = {"height": 16, "width": 16}
+    if name == "qwen_image":
+        negatives = [" " if negative is None else negative] * 2
+        return {"true_cfg_scale": scale, "negative_prompt": negatives, "max_sequence_length": 12, **size}
+    text = {"max_sequence_length": 12} if name in ("sd3", "flux") else {}
+    if name == "flux":
+        return {"guidance_scale": scale, **text, **size}
+    return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **text}
 
 
 def policy_table(name: str, model: Path, **keys: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A small vision-language model and a small text encoder with random weights, as folders in the hub's format."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 SIDE, PATCH = 32, 8
 
 
-def tiny_tokenizer(template: str | None = None) -> Any:
+def tiny_tokenizer(template: str | None = None, words: Sequence[str] = WORDS) -> Any:
     """Return a tokenizer with one token per word, ignoring case and punctuation. `template` places special tokens."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -35,7 +36,9 @@ def tiny_tokenizer(template: str | None = None) -> Any:
     )
 
 
-def save_tiny_vlm(folder: Path, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+def save_tiny_vlm(
+    folder: Path, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, words: Sequence[str] = WORDS
+) -> Path:
     """Write a LLaVA: CLIP's image tower, a projection, a Llama, and their processor."""
     from transformers import (
         CLIPImageProcessorPil,
@@ -48,7 +51,7 @@ def save_tiny_vlm(folder: Path, seed: int = 0, chat_template: str | None = CHAT_
 
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(**SMALL, image_size=SIDE, patch_size=PATCH, projection_dim=16)
-    text = LlamaConfig(**SMALL, vocab_size=len(SPECIAL) + len(WORDS), pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    text = LlamaConfig(**SMALL, vocab_size=len(SPECIAL) + len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=4))
     # Weights of the usual 0.02 would give nearly one answer for all images.
     for parameter in model.parameters():
@@ -57,7 +60,7 @@ def save_tiny_vlm(folder: Path, seed: int = 0, chat_template: str | None = CHAT_
     model.save_pretrained(folder)
     LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
-        tokenizer=tiny_tokenizer("<s> $A"),
+        tokenizer=tiny_tokenizer("<s> $A", words),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

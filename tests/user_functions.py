@@ -55,3 +55,17 @@ class Scorer:
 
 
 scorer = Scorer()
+
+
+def redness_of_tensors(images, prompts, metadata):
+    """Return the mean of the red channel of tensors [B, 3, H, W], and metadata, as TRL's functions do."""
+    return images[:, 0].mean(dim=(1, 2)), {}
+
+
+def seldom(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+    """Return 1 for about every fourth image, else 0: most groups of two have equal rewards."""
+    return (images.reshape(len(images), -1).astype(int).sum(axis=1) % 4 == 0).astype(np.float32)
+
+
+def never(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+    return np.zeros(len(images), np.float32)

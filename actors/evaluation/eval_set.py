@@ -34,12 +34,13 @@ class EvalSet:
     def tasks(self, policy_version: int, round_index: int, first: int, sampling: SamplingTable) -> list[Task]:
         """Return the tasks that sample this set under one policy version, numbered from `first`.
 
-        Samplers take them after the training tasks of round `round_index`.
+        Samplers take them after the training tasks of round `round_index`. `sampling` is that of held-out images.
         """
-        window = evaluation_window(sampling)
+        window, stream = evaluation_window(sampling), Stream.EVALUATION
+        prompts, seeds = [self.prompts[part] for part in self.parts], [self.seeds[part] for part in self.parts]
         return [
-            Task(round_index, index, policy_version, self.prompts[part], self.seeds[part], window, Stream.EVALUATION)
-            for index, part in enumerate(self.parts, first)
+            Task(round_index, index, policy_version, *of_task, window, stream, sampling=sampling)
+            for index, of_task in enumerate(zip(prompts, seeds, strict=True), first)
         ]
 
 

@@ -1,15 +1,13 @@
-"""Image statistics that need no reward: darkness, sharpness, entropy, and diversity within a prompt."""
+"""Image statistics that need no reward: darkness, edges, sharpness, entropy, and diversity within a prompt."""
 
 import math
 from itertools import combinations
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
-from ray_ddpo.actors.rewards.image_statistics import DarkShare, Entropy, Sharpness
-
-DIVERSITY_EDGE = 16  # pixels: images are compared by composition and color, not by texture
+from ray_ddpo.actors.rewards.image_statistics import DarkShare, EdgeDensity, Entropy, ImageStatistic, Sharpness
+from ray_ddpo.common.trajectory import thumbnails
 
 
 def image_summary(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> dict[str, float]:
@@ -17,7 +15,12 @@ def image_summary(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> d
 
     Diversity is NaN if no prompt has two images. Without images, every value is NaN.
     """
-    statistics = {"dark_share": DarkShare(), "sharpness": Sharpness(), "entropy": Entropy()}
+    statistics: dict[str, ImageStatistic] = {
+        "dark_share": DarkShare(),
+        "edge_density": EdgeDensity(),
+        "sharpness": Sharpness(),
+        "entropy": Entropy(),
+    }
     if not len(pixels):
         return dict.fromkeys([*statistics, "diversity"], math.nan)
     means = {name: float(np.mean([each.of(image) for image in pixels])) for name, each in statistics.items()}
@@ -31,9 +34,7 @@ def diversity(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> float
         The root mean square difference (0 … 1) of two images reduced to 16 × 16 pixels: the mean over all pairs of a
         prompt, then over prompts. NaN if no prompt has two images.
     """
-    size = (DIVERSITY_EDGE, DIVERSITY_EDGE)
-    reduced = [Image.fromarray(image).resize(size, Image.Resampling.BOX) for image in pixels]
-    small = np.stack([np.asarray(image, np.float64) / 255 for image in reduced])
+    small = thumbnails(pixels).astype(np.float64) / 255
     means = []
     for prompt in dict.fromkeys(prompts):
         pairs = combinations(small[[text == prompt for text in prompts]], 2)

@@ -1,6 +1,7 @@
 """Classify the prompted animal, by a linear head on features of a pretrained ImageNet network."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
+from ray_ddpo.common.differentiable_reward import DifferentiableReward
 
 PROBE_FILE = Path(__file__).parents[2] / "common" / "tiny_animals" / "probe.safetensors"
 
@@ -26,25 +28,52 @@ class AnimalClassifier(Reward):
 
         The loaded reward raises ValueError if a prompt names none of the classes, or several.
         """
-        import torch
+        from ray_ddpo.common.image_models.linear_probe import load_image_features
 
-        from ray_ddpo.common.image_models.linear_probe import load_image_features, load_probe
-
-        probe, features = load_probe(PROBE_FILE), load_image_features(device)
-        weight, bias = probe.weight.to(device), probe.bias.to(device)
+        features, measured = load_image_features(device), self._load_probe(device)
 
         def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+            return measured(features(images), prompts).cpu().numpy()
+
+        return score
+
+    @property
+    def score_range(self) -> tuple[float, float] | None:
+        return (0.0, 1.0) if self.measure == "top1" else None
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Return whether the measure has a gradient: `top1` has none."""
+        return self.measure != "top1"
+
+    def load_differentiable(self, device: str) -> DifferentiableReward:
+        """Load the probe, as `load` does."""
+        from ray_ddpo.common.image_models.linear_probe import load_features_with_gradient
+
+        features, measured = load_features_with_gradient(device), self._load_probe(device)
+        return lambda pixels, prompts, metadata: measured(features(pixels), prompts)
+
+    def _load_probe(self, device: str) -> Callable[[Any, list[str]], Any]:
+        """Return the function from features and prompts to the measure."""
+        import torch
+
+        from ray_ddpo.common.image_models.linear_probe import load_probe
+
+        probe = load_probe(PROBE_FILE)
+        weight, bias = probe.weight.to(device), probe.bias.to(device)
+
+        def measured(features: torch.Tensor, prompts: list[str]) -> torch.Tensor:
             asked = torch.tensor([class_index(prompt, probe.classes) for prompt in prompts], device=device)
-            log_probs = torch.log_softmax(features(images) @ weight.T + bias, dim=1)
+            log_probs = torch.log_softmax(features @ weight.T + bias, dim=1)
             if self.measure == "top1":
-                return (log_probs.argmax(1) == asked).float().cpu().numpy()
+                return (log_probs.argmax(1) == asked).float()
             log_prob = log_probs.gather(1, asked[:, None])[:, 0]
             if self.measure == "log_odds":
                 # The others' probabilities are summed, because 1 - p is 0 in float32 where p rounds to 1.
                 log_prob = log_prob - log_probs.scatter(1, asked[:, None], -torch.inf).logsumexp(1)
-            return log_prob.cpu().numpy()
+            return log_prob
 
-        return score
+        return measured
 
 
 def class_index(prompt: str, classes: list[str]) -> int:

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from pydantic import Field, PrivateAttr
 
-from ray_ddpo.actors.rewards.contract import under_contract
-from ray_ddpo.actors.rewards.reward import LoadedReward, Reward
+from ray_ddpo.actors.rewards.contract import check_signature, under_contract
+from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
+from ray_ddpo.common.differentiable_reward import DifferentiableReward
 from ray_ddpo.common.recipe.registry import import_object
 from ray_ddpo.common.user_code.by_value import is_by_value, reference, source_of
 
@@ -21,12 +23,16 @@ class FunctionReward(Reward):
     """The function, as `module:function`."""
     independent: bool = False
     """Promise that an image's score has the same bits in any batch. Scores can then be cached."""
+    differentiable: bool = False
+    """Call the function with a float tensor [B, 3, H, W] from 0 to 1 instead. It returns a tensor [B] with a gradient."""
     _given: Callable[..., Any] | None = PrivateAttr(default=None)
 
     @classmethod
-    def of(cls, function: Callable[..., Any], independent: bool = False) -> "FunctionReward":
+    def of(
+        cls, function: Callable[..., Any], independent: bool = False, differentiable: bool = False
+    ) -> "FunctionReward":
         """Make the reward of a Python function. If its module can be imported, only its path is kept."""
-        reward = cls(path=reference(function), independent=independent)
+        reward = cls(path=reference(function), independent=independent, differentiable=differentiable)
         if is_by_value(reward.path):
             reward._given = function
         return reward
@@ -55,5 +61,40 @@ class FunctionReward(Reward):
                 'module with --reward \'{ name = "function", path = "module:function" }\''
             )
         function = self._given or import_object(self.path, "reward.path")
-        who = f"reward={self.path.partition(':')[2]}" if self._given else f"reward.path = {self.path!r}"
-        return under_contract(function, who)
+        return under_contract(_on_arrays(function, device) if self.differentiable else function, self.users_code)
+
+    @property
+    def users_code(self) -> str:
+        """Return the key and value that name the function."""
+        return f"reward={self.path.partition(':')[2]}" if self._given else f"reward.path = {self.path!r}"
+
+    @property
+    def is_differentiable(self) -> bool:
+        return self.differentiable
+
+    def load_differentiable(self, device: str) -> DifferentiableReward:
+        """Import the function, as `load` does."""
+        if not self.differentiable:
+            return super().load_differentiable(device)
+        self.load(device)  # the same checks
+        function: Callable[..., Any] = self._given or import_object(self.path, "reward.path")
+        return lambda pixels, prompts, metadata: _scores(function(pixels, prompts, metadata))
+
+
+def _scores(answer: Any) -> Any:
+    """Return the scores of (scores, metadata), as TRL's functions return them."""
+    return answer[0] if isinstance(answer, tuple) and len(answer) == 2 else answer
+
+
+def _on_arrays(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Return a function on tensors as one on uint8 images, as reward workers call it."""
+    check_signature(function, f"{getattr(function, '__name__', type(function).__name__)}")
+
+    def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        import torch
+
+        with torch.no_grad():
+            pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float() / 255
+            return _scores(function(pixels, prompts, metadata))
+
+    return score

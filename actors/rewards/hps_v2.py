@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Float
 
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
-from ray_ddpo.common.image_models.clip_towers import clip_towers
+from ray_ddpo.common.differentiable_reward import DifferentiableReward
+from ray_ddpo.common.image_models.clip_towers import ClipTowers, clip_towers
 from ray_ddpo.common.image_models.open_clip_weights import load_open_clip
 from ray_ddpo.common.model_files.model_hub import Weights, cannot_load, file_from_hub, file_of
 from ray_ddpo.common.model_files.pretrained import TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
@@ -41,13 +42,20 @@ class HpsV2(Reward):
         )
 
     def load(self, device: str) -> LoadedReward:
-        checkpoint, tokenizer = self.needs()
-        path = self.checkpoint or file_from_hub(REPOSITORY, CHECKPOINT, cannot_load(checkpoint))
-        model = load_open_clip(path, HEADS, torch_dtype(self.dtype, device))
-        # The paper's code pads an image that is not square with black, and does not crop it.
-        towers = clip_towers(model, tokenizer, device, whole=True)
+        towers = self._load_towers(device)
 
         def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
             return towers.cosines(images, prompts)
 
         return score
+
+    def load_differentiable(self, device: str) -> DifferentiableReward:
+        towers = self._load_towers(device)
+        return lambda pixels, prompts, metadata: towers.cosines_with_gradient(pixels, prompts)
+
+    def _load_towers(self, device: str) -> ClipTowers:
+        checkpoint, tokenizer = self.needs()
+        path = self.checkpoint or file_from_hub(REPOSITORY, CHECKPOINT, cannot_load(checkpoint))
+        model = load_open_clip(path, HEADS, torch_dtype(self.dtype, device))
+        # The paper's code pads an image that is not square with black, and does not crop it.
+        return clip_towers(model, tokenizer, device, whole=True)

@@ -1,5 +1,6 @@
 """ImageReward: human preference for an image and its prompt, by a BLIP tuned on rankings (Xu et al. 2023)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,9 +8,11 @@ import torch
 from jaxtyping import Float
 
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
+from ray_ddpo.common.differentiable_reward import DifferentiableReward
 from ray_ddpo.common.image_models.aesthetic_head import AestheticHead, layers_in_order
 from ray_ddpo.common.image_models.blip_weights import load_blip, without_prefix
 from ray_ddpo.common.image_models.clip_preprocessing import clip_pixels
+from ray_ddpo.common.image_models.differentiable_preprocessing import clip_pixels_with_gradient
 from ray_ddpo.common.image_models.weight_file import named_weights
 from ray_ddpo.common.model_files.model_hub import Weights, cannot_load, file_from_hub, file_of
 from ray_ddpo.common.model_files.pretrained import TOKENIZER_FILE, Precision, read_tokenizer, torch_dtype, weight_bytes
@@ -46,29 +49,40 @@ class ImageReward(Reward):
         )
 
     def load(self, device: str) -> LoadedReward:
+        scored, side = self._load_model(device)
+
+        @torch.no_grad()
+        def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+            return scored(clip_pixels(torch.from_numpy(np.array(images)).to(device), side), prompts).cpu().numpy()
+
+        return score
+
+    def load_differentiable(self, device: str) -> DifferentiableReward:
+        scored, side = self._load_model(device)
+        return lambda pixels, prompts, metadata: scored(clip_pixels_with_gradient(pixels, side), prompts)
+
+    def _load_model(self, device: str) -> tuple[Callable[[torch.Tensor, list[str]], torch.Tensor], int]:
+        """Return the function from preprocessed images and prompts to scores, and the side of its images."""
         checkpoint, tokenizer = self.needs()
         path = self.checkpoint or file_from_hub(REPOSITORY, CHECKPOINT, cannot_load(checkpoint))
         state = named_weights(path, "the checkpoint", ".pt")
         missing = f"the checkpoint {path} has not the weights of ImageReward"
         towers = load_blip(without_prefix(state, "blip."), torch_dtype(self.dtype, device), missing)
-        images_tower, texts_tower = (tower.to(device) for tower in towers)
+        images_tower, texts_tower = (tower.to(device).requires_grad_(False) for tower in towers)
         layers = layers_in_order(without_prefix(state, "mlp."))
         if layers is None or layers[0][0].shape[1] != texts_tower.config.hidden_size:
             raise ValueError(f"{missing} (its head, mlp.layers.0, 2, 4, 6 and 7, lacks or does not fit)")
         head, tokens = AestheticHead(layers).to(device), _tokenizer_for(texts_tower, tokenizer)
-        side = images_tower.config.image_size
 
-        @torch.no_grad()
-        def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
-            pixels = clip_pixels(torch.from_numpy(np.array(images)).to(device), side).to(images_tower.dtype)
-            seen = images_tower(pixel_values=pixels).last_hidden_state
+        def scored(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+            seen = images_tower(pixel_values=pixels.to(images_tower.dtype)).last_hidden_state
             asked = tokens(prompts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt").to(
                 device
             )
             read = texts_tower(asked["input_ids"], asked["attention_mask"], encoder_hidden_states=seen)
-            return ((head(read.last_hidden_state[:, 0].float()) - MEAN) / STD).cpu().numpy()
+            return (head(read.last_hidden_state[:, 0].float()) - MEAN) / STD
 
-        return score
+        return scored, images_tower.config.image_size
 
 
 def _tokenizer_for(texts_tower: Any, tokenizer: Weights) -> Any:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int, UInt8
 from pydantic import Field
 
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
+from ray_ddpo.common.differentiable_reward import DifferentiableReward
 
 Image = UInt8[np.ndarray, "H W 3"]
 LUMA = (299, 587, 114)  # thousandths of red, green and blue in luma (ITU-R BT.601)
@@ -57,8 +58,17 @@ class ImageStatistic(Reward):
 class Brightness(ImageStatistic):
     """Mean luma of the image: 0 black, 1 white."""
 
+    @property
+    def score_range(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
     def of(self, image: Image) -> float:
         return mean_and_variance(luma_thousandths(image))[0] / WHITE
+
+    def load_differentiable(self, device: str) -> DifferentiableReward:
+        from ray_ddpo.common.image_models.differentiable_statistics import brightness
+
+        return lambda pixels, prompts, metadata: brightness(pixels)
 
 
 class Colourfulness(ImageStatistic):
@@ -70,6 +80,11 @@ class Colourfulness(ImageStatistic):
         mean_2yb, variance_2yb = mean_and_variance(red + green - 2 * blue)  # twice the paper's yb, as integers
         spread = np.sqrt(variance_rg + variance_2yb / 4)
         return float(spread + 0.3 * np.sqrt(mean_rg**2 + mean_2yb**2 / 4))
+
+    def load_differentiable(self, device: str) -> DifferentiableReward:
+        from ray_ddpo.common.image_models.differentiable_statistics import colourfulness
+
+        return lambda pixels, prompts, metadata: colourfulness(pixels)
 
 
 class Sharpness(ImageStatistic):
@@ -83,9 +98,39 @@ class Sharpness(ImageStatistic):
         neighbours = levels[:-2, 1:-1] + levels[2:, 1:-1] + levels[1:-1, :-2] + levels[1:-1, 2:]
         return mean_and_variance(neighbours - 4 * levels[1:-1, 1:-1])[1]
 
+    def load_differentiable(self, device: str) -> DifferentiableReward:
+        from ray_ddpo.common.image_models.differentiable_statistics import sharpness
+
+        return lambda pixels, prompts, metadata: sharpness(pixels)
+
+
+class EdgeDensity(ImageStatistic):
+    """Share of pixels on an edge, where the gradient of the grey levels (Sobel) is steep: 0 flat, some tenths detailed.
+
+    Pixels are repeated outside the image.
+    """
+
+    above: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Change from one pixel to the next, as a share of the range from black to white, above which a pixel is on an edge."""
+
+    @property
+    def score_range(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def of(self, image: Image) -> float:
+        levels = np.pad(grey(image), 1, mode="edge")
+        across, down = levels[:, 2:] - levels[:, :-2], levels[2:] - levels[:-2]
+        slope_x = across[:-2] + 2 * across[1:-1] + across[2:]  # 8 times the change from one pixel to the next
+        slope_y = down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]
+        return float((np.square(slope_x) + np.square(slope_y) > (8 * 255 * self.above) ** 2).mean())
+
 
 class Entropy(ImageStatistic):
     """Entropy of the histogram of grey levels in bits: 0 one level, 8 all 256 equally often."""
+
+    @property
+    def score_range(self) -> tuple[float, float]:
+        return 0.0, 8.0
 
     def of(self, image: Image) -> float:
         counts = np.bincount(grey(image).ravel(), minlength=256)
@@ -98,6 +143,10 @@ class DarkShare(ImageStatistic):
 
     below: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Luma below which a pixel counts as dark: 0 black, 1 white."""
+
+    @property
+    def score_range(self) -> tuple[float, float]:
+        return 0.0, 1.0
 
     def of(self, image: Image) -> float:
         return float((luma_thousandths(image) < self.below * WHITE).mean())

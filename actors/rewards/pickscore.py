@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Float
 
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
-from ray_ddpo.common.image_models.clip_towers import load_clip
+from ray_ddpo.common.differentiable_reward import DifferentiableReward
+from ray_ddpo.common.image_models.clip_towers import ClipTowers, load_clip
 from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.model_files.pretrained import MODEL_FILES, TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
 
@@ -39,10 +40,17 @@ class PickScore(Reward):
         )
 
     def load(self, device: str) -> LoadedReward:
-        clip, tokenizer = self.needs()
-        towers = load_clip(clip, tokenizer, device, torch_dtype(self.dtype, device))
+        towers = self._load_towers(device)
 
         def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
             return (towers.logit_scale * towers.cosines(images, prompts)).astype(np.float32)
 
         return score
+
+    def load_differentiable(self, device: str) -> DifferentiableReward:
+        towers = self._load_towers(device)
+        return lambda pixels, prompts, metadata: towers.logit_scale * towers.cosines_with_gradient(pixels, prompts)
+
+    def _load_towers(self, device: str) -> ClipTowers:
+        clip, tokenizer = self.needs()
+        return load_clip(clip, tokenizer, device, torch_dtype(self.dtype, device))

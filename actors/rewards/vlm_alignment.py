@@ -57,6 +57,10 @@ class VlmAlignment(Reward):
         return reference
 
     @property
+    def score_range(self) -> tuple[float, float] | None:
+        return (0.0, 1.0) if self.measure == "strict" else None
+
+    @property
     def memory_bytes(self) -> int:
         model = weight_bytes(PARAMETERS, self.dtype)  # of the default models
         return model + (4 * SCORER_PARAMETERS if self.measure == "bertscore_recall" else 0)

@@ -70,7 +70,7 @@ class Inquiry:
         trace = f"\nthe reward's traceback:\n{self.trace}" if self.trace else ""
         if self.control.images is None:
             return RewardMistake(
-                f"{self.reason}; so it does for every image that was tried ({tried}): correct it{trace}"
+                f"{self.reason}; so it does for every image that was tried ({tried}): correct the reward, or its service{trace}"
             )
         return RewardFailed(
             f"{self.reason}; so it does for every image that was tried ({tried}, and one that it has scored before): "

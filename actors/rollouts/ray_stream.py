@@ -1,6 +1,7 @@
 """RayRolloutStream: the rollout stream on a Ray cluster, with workers that join, leave, die and are replaced."""
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray_ddpo.actors.rollouts.scoring_pools import ScoringPools
 from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringOutcome, ScoringPool
 from ray_ddpo.actors.rollouts.stragglers import StragglerDetector
 from ray_ddpo.actors.rollouts.stream import RolloutStream, StreamSettings, report_dropped
+from ray_ddpo.actors.rollouts.turns import Turns
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.metrics.round_metrics import StreamReport
 from ray_ddpo.common.policy_weights import PolicyWeights
@@ -50,6 +52,7 @@ class RayRolloutStream(RolloutStream):
         self._retries: dict[str, int] = {}
         self._sampling = SamplingScheduler(pools.samplers, StragglerDetector(settings.straggler_factor), self._retries)
         self._scoring = ScoringPools(pools.scoring, self._retries)
+        self._turns = Turns(self._sampling, pools.samplers, self._wait)
         self._done: dict[Place, Rollout] = {}
         self._evaluation_seconds = 0.0  # seconds of sampling since the last report
         self._moved = time.monotonic()
@@ -84,6 +87,11 @@ class RayRolloutStream(RolloutStream):
         seconds = self._settings.runtime.ready_seconds if loading else None
         while pending and not ray.wait(list(pending), num_returns=1, timeout=0, fetch_local=False)[0]:
             self._wait(pending, "the learner is at work", seconds)
+
+    def learner_turn(self) -> AbstractContextManager[None]:
+        """Return a context whose body has the GPUs that samplers share with the learner. See `Turns`."""
+        self._moved = time.monotonic()
+        return self._turns.learner()
 
     def wait_until_loaded(self, wanted: dict[str, int]) -> None:
         """Wait until the wanted number of workers of each pool, by name, are loaded. Further workers join later.

@@ -72,6 +72,7 @@ class SamplingScheduler:
         self._suspects = Suspects()
         self._whereabouts = Whereabouts()
         self._behind: list[Place] = []  # a heap: tasks that wait behind another one on a sampler, or did once
+        self.is_paused = False  # no task is given to a sampler
 
     def submit(self, task: Task, weights: Any) -> None:
         """Queue a task, with a reference to the weights of its version."""
@@ -95,6 +96,8 @@ class SamplingScheduler:
     def move(self, now: float) -> None:
         """Assign queued tasks, then let idle samplers take over tasks that wait on slow samplers."""
         self._suspect_stragglers(now)
+        if self.is_paused:
+            return
         while self._training_tasks_queued() and (sampler := self._samplers.free()):
             self._give_next(sampler, now)
         # Never queue evaluation tasks ahead on a sampler, so that training waits for at most one.
@@ -226,6 +229,23 @@ class SamplingScheduler:
                 at = f"at {self._attempts[sampler.calls[0]].task.title}"
                 for call in self._samplers.lost(sampler, f"no answer for {seconds:.0f} s", at):
                     self._again(self._let_go(call).task, "sampler_silent")
+
+    def give_up_on_needless(self, now: float) -> None:
+        """Kill suspect samplers that keep others waiting for a task that another sampler has done, so they are replaced.
+
+        Each has had twice the time after which it became suspect.
+        """
+        for sampler in [each for each in self._samplers.loaded if each.suspect and each.calls]:
+            tasks, waited = [self._attempts[call].task for call in sampler.calls], now - sampler.head_since
+            needless = all(task.place not in self._open for task in tasks)
+            if needless and self._stragglers.is_straggler(waited / 2, len(tasks[0].seeds)):
+                for call in self._samplers.lost(sampler, f"no answer for {waited:.0f} s", f"at {tasks[0].title}"):
+                    self._let_go(call)
+
+    @property
+    def is_idle(self) -> bool:
+        """Return whether no task is left to sample and no sampler is at work, not even on a copy."""
+        return not self._open and not any(sampler.calls for sampler in self._samplers.workers)
 
     def inflight(self) -> int:
         """Return the number of tasks assigned to samplers."""

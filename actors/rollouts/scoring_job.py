@@ -9,7 +9,7 @@ import numpy as np
 from ray_ddpo.actors.rewards.backoff import backoff_seconds
 from ray_ddpo.actors.rollouts.inquiry import Control, Inquiry
 from ray_ddpo.actors.task_care import DEATHS
-from ray_ddpo.common.trajectory import Scores
+from ray_ddpo.common.trajectory import Scores, summed_usage
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class ScoringJob:
     broken: Inquiry | None = field(init=False, default=None)  # the reward fails for every image
     _scored: list[tuple[ScoringBatch, Scores]] = field(init=False, default_factory=list)
     _dropped: dict[int, str] = field(init=False, default_factory=dict)
+    _usage: list[dict[str, float]] = field(init=False, default_factory=list)  # also of scores that are discarded
     _deaths_alone: dict[int, int] = field(init=False, default_factory=dict)  # by row
 
     def __post_init__(self) -> None:
@@ -100,6 +101,7 @@ class ScoringJob:
         Returns:
             False if some scores are not finite and the batch is retried.
         """
+        self._usage.append(scores.usage)
         if inquiry := batch.inquiry:  # this image passes, so the reward is not broken
             if inquiry.is_decided:
                 self._dropped |= inquiry.reasons_in_batch
@@ -209,4 +211,4 @@ class ScoringJob:
                 rewards[name][batch.first : batch.last] = values
         seconds = sum((scores.seconds for _, scores in self._scored), 0.0)
         machines = frozenset().union(*(scores.machines for _, scores in self._scored))
-        return Scores(rewards, seconds, dict(sorted(self._dropped.items())), machines)
+        return Scores(rewards, seconds, dict(sorted(self._dropped.items())), machines, summed_usage(self._usage))

@@ -82,13 +82,27 @@ class Worker:
 class WorkerPool:
     """The wanted number of actors. `make(index)` starts one. Dead actors are replaced after a growing pause."""
 
-    def __init__(self, name: str, role: str, make: Callable[[int], Any], count: int, budget: RestartBudget) -> None:
+    def __init__(
+        self,
+        name: str,
+        role: str,
+        make: Callable[[int], Any],
+        count: int,
+        budget: RestartBudget,
+        on_gone: Callable[[int], None] = lambda index: None,
+    ) -> None:
+        """Start the workers.
+
+        Args:
+            on_gone: called with a worker's index when its process is ended or dead, so that its place is free again.
+        """
         self.name = name  # for `ddpo scale`
         self.role = role  # for the count of restarts
         self.on_death: Callable[[Death], None] = lambda death: None  # a callback that reports deaths
         # A callback that compares the workers' loaded files, given the worker's name and their fingerprints. May raise.
         self.on_loaded: Callable[[str, Any], None] = lambda who, loaded: None
         self._make = make
+        self._on_gone = on_gone
         self._budget = budget
         self._next_index = 0
         self._deaths_in_a_row = 0
@@ -144,6 +158,7 @@ class WorkerPool:
             self._loading.pop(worker.loading, None)
         self.workers.remove(worker)
         ray.kill(worker.actor)
+        self._on_gone(worker.index)
 
     def tick(self, now: float) -> None:
         """Start the replacements that are due."""

@@ -7,4 +7,5 @@ POLICIES: Registry = {
     "sdxl": "ray_ddpo.common.diffusion.families.sdxl:SDXL",
     "sd3": "ray_ddpo.common.diffusion.families.sd3:SD3",
     "flux": "ray_ddpo.common.diffusion.families.flux:Flux",
+    "qwen_image": "ray_ddpo.common.diffusion.families.qwen_image:QwenImage",
 }

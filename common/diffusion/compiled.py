@@ -1,12 +1,22 @@
 """A network compiled once, for batches of one size: smaller batches are padded, larger ones split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+# diffusers' classes of blocks that a network repeats.
+REPEATED_BLOCKS = (
+    "BasicTransformerBlock",
+    "ResnetBlock2D",
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+    "QwenImageTransformerBlock",
+)
 
 
 @final
@@ -17,11 +27,18 @@ class CompiledNetwork:
     So equal batches give equal bits in every process.
     """
 
-    def __init__(self, call: Callable[..., Tensor], rows: int) -> None:
-        """Compile a function of tensors by name, which have one row per batch item and always `rows` rows."""
+    def __init__(self, call: Callable[..., Tensor], rows: int, blocks: Iterable[nn.Module] = ()) -> None:
+        """Compile a function of tensors by name, which have one row per batch item and always `rows` rows.
+
+        If there are `blocks`, compile each of these modules of the network instead.
+        """
         # Isolated, because torch's limit of 8 recompilations otherwise counts all networks of the process together.
+        keys: dict[str, Any] = {"dynamic": False, "fullgraph": True, "isolate_recompiles": True}
+        blocks = list(blocks)
+        for block in blocks:
+            block.compile(**keys)
         torch_compile: Any = torch.compile  # its overloads do not list isolate_recompiles yet
-        self._compiled: Any = torch_compile(call, dynamic=False, fullgraph=True, isolate_recompiles=True)
+        self._compiled: Any = call if blocks else torch_compile(call, **keys)
         self._rows = rows
 
     def __call__(self, **inputs: Tensor) -> Float[Tensor, "B ..."]:
@@ -38,6 +55,21 @@ class CompiledNetwork:
                 name: torch.cat([rows, rows[:1].expand(padding, *rows.shape[1:])]) for name, rows in inputs.items()
             }
         return self._compiled(**inputs)[:count]
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the blocks that a diffusers network repeats.
+
+    Raises:
+        ValueError: The network has none that are known here.
+    """
+    found = [module for module in network.modules() if type(module).__name__ in REPEATED_BLOCKS]
+    if not found:
+        raise ValueError(
+            f"policy.compile_blocks is true, and {type(network).__name__} has none of the blocks "
+            f"{', '.join(REPEATED_BLOCKS)}: give false, which compiles the whole network"
+        )
+    return found
 
 
 def graph_of_learning(is_compiled: bool) -> AbstractContextManager:

@@ -1,8 +1,8 @@
 """A diffusers pipeline as a policy: guidance, steps, decoding and files, which all families share."""
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,18 +10,23 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.compiled import CompiledNetwork
-from ray_ddpo.common.diffusion.guidance import guided
+from ray_ddpo.common.diffusion.compiled import CompiledNetwork, repeated_blocks
+from ray_ddpo.common.diffusion.graphed import CudaRecorder, GraphedNetwork, Recorder
+from ray_ddpo.common.diffusion.guidance import extrapolated, guided, join_branches
+from ray_ddpo.common.diffusion.host_loading import has_unread, loads_on_host
 from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters, compute_adapters_in
 from ray_ddpo.common.diffusion.lora.diffusers_format import load_any_lora, loadable_encoders
 from ray_ddpo.common.diffusion.lora.files import LoraFile
 from ray_ddpo.common.diffusion.lora.start import make_trainable
+from ray_ddpo.common.diffusion.network_storage import network_format, store_in_dtype
+from ray_ddpo.common.diffusion.offload import on_device
 from ray_ddpo.common.diffusion.policy import Conditioning, Policy, Role, autocast
 from ray_ddpo.common.diffusion.prompt_lengths import TextReader
 from ray_ddpo.common.diffusion.schedulers.ddim import ddim_table
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps
 from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained
 from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.diffusion.unit_divisors import compute_unit_divisions, skip_unit_divisions
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 if TYPE_CHECKING:
@@ -43,15 +48,17 @@ class DiffusersPolicy(Policy):
         self.config = config
         self.device = device
         self.dtype = config.dtype_of(role)
-        # GPUs convolve fastest in channels_last; on a CPU the embedded model is a seventh slower with it.
-        memory_format = torch.channels_last if device.startswith("cuda") else torch.contiguous_format
-        self.network: Any = getattr(pipeline, config.network_name).to(device, memory_format=memory_format).eval()
+        on_host = loads_on_host()
+        memory_format = network_format("cpu" if on_host else device, config.is_compiled(role))
+        placed = {"device": "cpu" if on_host else device, "memory_format": memory_format}
+        network: Any = getattr(pipeline, config.network_name)
+        self.network: Any = (network if has_unread() else network.to(**placed)).eval()
         self.pipeline = pipeline
         self.vae: Any = pipeline.vae
         self.text_encoders: list[Any] = [getattr(pipeline, part, None) for part in config.text_parts]
         idle_device = "cpu" if config.offload else device
         for part in (part for part in (self.vae, *self.text_encoders) if part is not None):
-            part.to(idle_device, memory_format=memory_format).eval().requires_grad_(False)
+            part.to(idle_device).eval().requires_grad_(False)
         self.guidance_scale = sampling.guidance_scale
         self.negative_prompt = sampling.negative_prompt
         self.branches = config.branches(sampling)
@@ -59,14 +66,22 @@ class DiffusersPolicy(Policy):
         self.latent_shape = config.latent_shape(dict(self.network.config))
         self.steps: DenoisingSteps = self._table(sampling)
         self.num_train_timesteps = self.steps.num_train_timesteps
+        self._stochastic_steps: list[int] = torch.nonzero(self.steps.std() > 0).flatten().tolist()
         self._call = functools.partial(config.network_call(sampling), self.network)
         self._embeddings: dict[str, Conditioning] = {}
         make_trainable(self.network, config.train, config.lora)
+        skip_unit_divisions(self.network)
         self.network.eval()  # again, because adapters from a file may have dropout
         if config.train == "lora" and self.dtype != torch.float32:
             compute_adapters_in(self.network, device, self.dtype)
-        self._autocast = autocast(device, self.dtype if config.train == "full" else torch.float32)
+        if role != "learner" and not config.merge_adapters:
+            store_in_dtype(self.network, config.train, self.dtype)
+        # Weights that are gathered block by block must not stay in autocast's cache, which holds all of them.
+        self._autocast = autocast(device, self.dtype if config.train == "full" else torch.float32, cached=not on_host)
         self.merged = MergedAdapters(self.network) if config.merge_adapters and role != "learner" else None
+        if config.sampler_storage is not None and role != "learner":  # of the layers, but for norms and adapters
+            storage_dtype = getattr(torch, config.sampler_storage)
+            self.network.enable_layerwise_casting(storage_dtype=storage_dtype, compute_dtype=self.dtype)
         self._compiled: CompiledNetwork | None = None
 
     def _table(self, sampling: SamplingTable) -> DenoisingSteps:
@@ -91,20 +106,27 @@ class DiffusersPolicy(Policy):
         )
         return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=False) if value is not None}
 
-    @contextmanager
-    def _at_work(self, *parts: Any) -> Iterator[None]:
-        """Move offloaded parts to the device for the duration of the body."""
-        parts = tuple(part for part in parts if part is not None) if self.config.offload else ()
-        for part in parts:
-            part.to(self.device)
-        try:
-            yield
-        finally:
-            for part in parts:
-                part.to("cpu")
+    def _at_work(self, *parts: Any) -> AbstractContextManager[None]:
+        """Copy offloaded parts to the device for the duration of a block."""
+        if not self.config.offload:
+            return nullcontext()
+        return on_device([part for part in parts if part is not None], self.device)
 
     def compile(self, batch_size: int) -> None:
-        self._compiled = CompiledNetwork(self._call, batch_size * self.branches)
+        compute_unit_divisions(self.network)
+        blocks = repeated_blocks(self.network) if self.config.compile_blocks else ()
+        self._compiled = CompiledNetwork(self._call, batch_size * self.branches, blocks)
+
+    def record_graphs(self, make_recorder: Callable[[], Recorder] = CudaRecorder) -> None:
+        # A cast that autocast caches outside of a recording would be missing in it.
+        dtype = self.dtype if self.config.train == "full" else torch.float32
+        uncached = autocast(self.device, dtype, cached=False)
+
+        def call(**inputs: Tensor) -> Tensor:
+            with uncached:
+                return self._call(**inputs)
+
+        self.graphed = GraphedNetwork(call, self.network, make_recorder)
 
     def image_size(self) -> tuple[int, int]:
         height, width = self.latent_shape[1:]
@@ -112,7 +134,7 @@ class DiffusersPolicy(Policy):
 
     @property
     def stochastic_steps(self) -> list[int]:
-        return torch.nonzero(self.steps.std() > 0).flatten().tolist()
+        return list(self._stochastic_steps)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -144,6 +166,9 @@ class DiffusersPolicy(Policy):
                 readers.append(TextReader(part, tokenizer, length))
         return readers
 
+    def rows_of_task(self, rows: Conditioning) -> Conditioning:
+        return self._in_dtype(rows | join_branches(rows) if self.branches == 2 else rows)
+
     def transition(
         self,
         latents: Float[Tensor, "B C H W"],
@@ -151,17 +176,37 @@ class DiffusersPolicy(Policy):
         conditioning: Conditioning,
         stochastic: bool = True,
     ) -> Transition:
-        output = self._guided(latents, self.steps.timesteps[steps], conditioning)
+        output = self.predict(latents, self.steps.timesteps[steps], conditioning)
         return self.steps.transition(latents, output, steps, stochastic)
 
-    def _guided(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        scale = self.guidance_scale if self.branches == 2 else None
-        return guided(self._predict, latents, timesteps, conditioning, scale)
+    def denoising_steps(self, sampling: SamplingTable) -> DenoisingSteps:
+        return self.steps if sampling.num_steps == self.num_steps else self._table(sampling)
+
+    def predict(
+        self, latents: Float[Tensor, "B C H W"], timesteps: Tensor, conditioning: Conditioning
+    ) -> Float[Tensor, "B C H W"]:
+        return self._guided(latents, timesteps, conditioning, self.branches == 2)
+
+    def _guided(
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, both: bool
+    ) -> Float[Tensor, "B C H W"]:
+        """Run the network with `both` branches, or for the prompt alone."""
+        scale = self.guidance_scale if both else None
+        return guided(self._predict, latents, timesteps, conditioning, scale, self._combined)
+
+    def _combined(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
+        """Return the guided prediction of both branches, as the family's pipeline combines them."""
+        return extrapolated(unconditional, conditional, guidance_scale)
 
     def _predict(self, latents: Tensor, timesteps: Tensor, rows: Conditioning) -> Tensor:
-        in_dtype = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in rows.items()}
+        inputs = {"latents": latents.to(self.dtype), "timesteps": timesteps, **self._in_dtype(rows)}
+        if self.graphed:
+            return self.graphed(**inputs)
         with self._autocast:
-            return (self._compiled or self._call)(latents=latents.to(self.dtype), timesteps=timesteps, **in_dtype)
+            return (self._compiled or self._call)(**inputs)
+
+    def _in_dtype(self, rows: Conditioning) -> Conditioning:
+        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in rows.items()}
 
     def denoise(
         self,
@@ -171,22 +216,54 @@ class DiffusersPolicy(Policy):
         conditioning: Conditioning,
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
         noised, timestep_input, target = self.steps.add_noise(clean_latents.float(), noise, timesteps)
-        return self._guided(noised, timestep_input, conditioning).float(), target
+        both = self.branches == 2 and self.guides_denoising
+        return self._guided(noised, timestep_input, conditioning, both).float(), target
+
+    def take_decoder(self, vae: Any) -> None:
+        """Hold a decoder on the device. Its weights get no gradients."""
+        self.vae = vae.to(self.device).eval().requires_grad_(False)
+
+    def decode_pixels(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 H2 W2"]:
+        pixels = self.config.decoded(self.vae, self._unscaled(latents.to(self.vae.dtype)))
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B H2 W2 3"]:
-        with self._at_work(self.vae):
-            pixels = self.vae.decode(self._unscaled(latents.to(self.vae.dtype)), return_dict=False)[0]
-        pixels = pixels.float() / 2 + 0.5
+        pixels = self._decoded(latents).float() / 2 + 0.5
         finite = pixels.isfinite().flatten(1).all(1).tolist()
         self.not_finite = tuple(row for row, is_finite in enumerate(finite) if not is_finite)
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Run the decoder. If memory is short, do without the graphs, which keep the network's activations."""
+        try:
+            with self._at_work(self.vae):
+                return self.config.decoded(self.vae, self._unscaled(latents.to(self.vae.dtype)))
+        except torch.OutOfMemoryError:
+            if not (self.graphed and self.graphed.holds_memory):
+                raise
+            graphed = self.graphed
+        graphed.stay_eager("their memory is needed for decoding")
+        return self._decoded(latents)
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Return latents as the decoder takes them. Each diffusers pipeline honours other keys here."""
         shift = getattr(self.vae.config, "shift_factor", None)
         scaled = latents / self.vae.config.scaling_factor
         return scaled if shift is None else scaled + shift
+
+    @torch.no_grad()
+    def encode_images(
+        self, pixels: UInt8[Tensor, "B H2 W2 3"], noise: Float[Tensor, "B C H W"]
+    ) -> Float[Tensor, "B C H W"]:
+        inputs = (pixels.float() / 127.5 - 1).permute(0, 3, 1, 2).to(self.vae.dtype)
+        with self._at_work(self.vae):
+            return self._scaled(self.config.encoded(self.vae, inputs, noise))
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """Return the encoder's latents as the network takes them: the inverse of `_unscaled`."""
+        shift = getattr(self.vae.config, "shift_factor", None)
+        return (latents if shift is None else latents - shift) * self.vae.config.scaling_factor
 
     def save(self, folder: Path) -> Path:
         return save_trained(self.network, self.config.train, self.config.lora, folder, self.config.network_name)
@@ -206,4 +283,4 @@ class DiffusersPolicy(Policy):
         for part in (self.network, *encoders.values()):
             part.eval().requires_grad_(False)
         self._embeddings.clear()
-        self.merged = None
+        self.merged = self.graphed = None

@@ -6,7 +6,16 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
+BOTH = "negative_and_"  # prefix of rows of both branches, the unconditional one first
 Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]  # (latents, timesteps, rows of conditioning) → output
+Combine = Callable[[Tensor, Tensor, float], Tensor]  # (unconditional, conditional, guidance scale) → guided output
+
+
+def extrapolated(
+    unconditional: Float[Tensor, "B C H W"], conditional: Float[Tensor, "B C H W"], guidance_scale: float
+) -> Float[Tensor, "B C H W"]:
+    """Return u + w (c − u)."""
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def guided(
@@ -15,15 +24,29 @@ def guided(
     timesteps: Num[Tensor, "B"],
     conditioning: dict[str, Tensor],
     guidance_scale: float | None,
+    combine: Combine = extrapolated,
 ) -> Float[Tensor, "B C H W"]:
     """Predict both branches in one batch and combine them in float32.
 
-    Without a `guidance_scale` only the prompt's branch is computed, and returned as the network gives it.
+    Without a `guidance_scale` only the prompt's branch is computed, and returned as the network gives it. A family whose
+    pipeline combines the branches in another way gives its own `combine`.
     """
-    rows = {name: value for name, value in conditioning.items() if not name.startswith("negative_")}
     if guidance_scale is None:
-        return predict(latents, timesteps, rows)
-    joined = {name: torch.cat([conditioning[f"negative_{name}"], value]) for name, value in rows.items()}
+        return predict(latents, timesteps, _positive(conditioning))
+    joined = {name.removeprefix(BOTH): rows for name, rows in join_branches(conditioning).items()}
     both = predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), joined)
     unconditional, conditional = both.float().chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
+    return combine(unconditional, conditional, guidance_scale)
+
+
+def join_branches(conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return each tensor's rows of both branches, named `negative_and_…`. Rows that are joined already are not joined again."""
+    joined = {name: value for name, value in conditioning.items() if name.startswith(BOTH)}
+    if joined:
+        return joined
+    rows = _positive(conditioning).items()
+    return {f"{BOTH}{name}": torch.cat([conditioning[f"negative_{name}"], value]) for name, value in rows}
+
+
+def _positive(conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in conditioning.items() if not name.startswith("negative_")}

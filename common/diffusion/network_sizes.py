@@ -56,4 +56,6 @@ def network_sizes(
         encoding_bytes=held,
         conditioning_dtypes=dtypes | {f"negative_{name}": dtype for name, dtype in dtypes.items()},
         network_bytes=counts.network_bytes,
+        work=counts.work,
+        units=counts.units,
     )

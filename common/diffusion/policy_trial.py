@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.execution import refuse_graphs_without_gpu
+from ray_ddpo.common.diffusion.host_loading import read_all_weights
 from ray_ddpo.common.diffusion.lora.adapters import load_weights, read_weights, trained_parameters
 from ray_ddpo.common.diffusion.lora.files import lora_file
 from ray_ddpo.common.diffusion.policy import Conditioning, Policy, PolicyConfig, Role, select_rows
 from ray_ddpo.common.diffusion.rollout import image_noise
+from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps
 from ray_ddpo.common.diffusion.tensor_checks import check_tensor, described, refuse_unless
 from ray_ddpo.common.diffusion.trained_weights import stored_weights
 from ray_ddpo.common.diffusion.transition import Transition
@@ -37,8 +40,10 @@ def load_checked(config: PolicyConfig, device: str, sampling: SamplingTable, rol
         ValueError: A file is damaged, or the user's own family raises or returns no usable policy.
         PartNotLoaded: Anything else went wrong.
     """
+    refuse_graphs_without_gpu(config, device)
     with loading(f"policy.model is {config.model!r}", config.needs):
         if is_users_own(config, POLICIES):
+            read_all_weights()
             policy = call(config, "load", device, sampling, role)
             _check_fields(policy, f"{type(config).__name__}.load returned", sampling)
             return policy
@@ -77,6 +82,8 @@ def try_sampling(config: PolicyConfig, policy: Policy, prompts: Sequence[str]) -
         check_tensor(f"{type(policy).__name__}.initial_latents returned", latents, tuple(noise.shape), None)
         _try_transition(policy, latents, rows)
         _try_denoise(policy, latents, noise, rows)
+        if config.takes_other_steps:
+            _try_other_steps(policy, latents, rows)
         name, images = f"{type(policy).__name__}.decode returned", call(policy, "decode", latents)
         expected = f"uint8 of shape ({ROWS}, height, width, 3), from 0 to 255"
         shaped = isinstance(images, Tensor) and images.ndim == 4 and images.shape[0] == ROWS and images.shape[3] == 3
@@ -186,6 +193,21 @@ def _try_denoise(policy: Policy, latents: Tensor, noise: Tensor, rows: Condition
     refuse_unless(isinstance(both, tuple) and len(both) == 2, f"{name} {described(both)}", "prediction and target")
     for what, value in zip(("a prediction of", "a target of"), both, strict=True):
         check_tensor(f"{name} {what}", value, tuple(latents.shape), torch.float32)
+
+
+def _try_other_steps(policy: Policy, latents: Tensor, rows: Conditioning) -> None:
+    """Check that `denoising_steps` and `predict` together make the deterministic step of `transition`."""
+    name = type(policy).__name__
+    table: Any = call(policy, "denoising_steps", SamplingTable(num_steps=policy.num_steps))
+    refuse_unless(isinstance(table, DenoisingSteps), f"{name}.denoising_steps returned {described(table)}", "steps")
+    steps = torch.tensor([0, policy.num_steps - 1], device=policy.device)
+    output = call(policy, "predict", latents, table.timesteps[steps], rows)
+    check_tensor(f"{name}.predict returned", output, tuple(latents.shape), None)
+    with blamed(f"{name}.denoising_steps"):
+        made = table.transition(latents, output, steps, False)
+    own = _transition(policy, (latents, steps, rows, False))
+    where = f"{name}.predict and denoising_steps make another deterministic step than transition"
+    refuse_unless(_close(made, own), where, "the same mean, with standard deviation 0")
 
 
 def _close(one: Transition, other: Transition, times: float = 1.0) -> bool:

@@ -19,6 +19,11 @@ class Transition:
         """Return the next latents for standard normal `noise`."""
         return self.mean + self.std.view(-1, 1, 1, 1) * noise
 
+    def kl_nats(self, other: "Transition") -> Float[Tensor, "B"]:
+        """Return the KL to another distribution of equal σ: ‖μ − μ'‖² / (2σ²), in nats, with gradient."""
+        moved = (self.mean - other.mean) / self.std.view(-1, 1, 1, 1)
+        return 0.5 * moved.square().flatten(1).sum(1)
+
     def log_prob(self, next_latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
         """Return the Gaussian log-density of `next_latents` in nats, averaged over latent elements.
 

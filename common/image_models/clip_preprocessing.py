@@ -34,16 +34,21 @@ class Span:
 def resize(images: UInt8[Tensor, "B H W 3"], rows: Span, columns: Span) -> UInt8[Tensor, "B 3 rows columns"]:
     """Return the requested part of the resized images. Other pixels are never computed, so thin images cost little."""
     levels = images.permute(0, 3, 1, 2)
-    shrunk_rows, shrunk_columns = rows.length - rows.new_length, columns.length - columns.new_length
-    # Each pass rounds, so their order matters. Pillow 13 resizes rows first if that saves work.
-    rows_first = shrunk_rows > max(0, 2 * shrunk_columns)
-    for dimension, span in ((2, rows), (3, columns)) if rows_first else ((3, columns), (2, rows)):
+    for dimension, span in resize_order(rows, columns):
         levels = _resize_along(dimension, levels, span)
     return levels
 
 
+def resize_order(rows: Span, columns: Span) -> tuple[tuple[int, Span], tuple[int, Span]]:
+    """Return the two passes of a resize, as dimension of [B, 3, H, W] and span, in Pillow's order."""
+    shrunk_rows, shrunk_columns = rows.length - rows.new_length, columns.length - columns.new_length
+    # Each pass rounds, so their order matters. Pillow 13 resizes rows first if that saves work.
+    rows_first = shrunk_rows > max(0, 2 * shrunk_columns)
+    return ((2, rows), (3, columns)) if rows_first else ((3, columns), (2, rows))
+
+
 def _resize_along(dimension: int, levels: UInt8[Tensor, "B 3 _ _"], span: Span) -> UInt8[Tensor, "B 3 _ _"]:
-    places, weights = (torch.from_numpy(table).to(levels.device) for table in _taps(span))
+    places, weights = (torch.from_numpy(table).to(levels.device) for table in taps(span))
     lines = levels.movedim(dimension, 1).contiguous()  # whole lines are gathered, so make them contiguous
     half = 1 << (BITS - 1)  # for the rounding
     total = torch.full((len(lines), span.count, *lines.shape[2:]), half, dtype=torch.int32, device=levels.device)
@@ -53,7 +58,7 @@ def _resize_along(dimension: int, levels: UInt8[Tensor, "B 3 _ _"], span: Span) 
 
 
 @lru_cache(maxsize=16)
-def _taps(span: Span) -> tuple[Int[np.ndarray, "taps count"], Int[np.ndarray, "taps count"]]:
+def taps(span: Span) -> tuple[Int[np.ndarray, "taps count"], Int[np.ndarray, "taps count"]]:
     """Return, for each new pixel, the indices of its source pixels and their weights times 2^22."""
     scale = span.length / span.new_length
     stretch = max(scale, 1.0)  # a shrinking image needs a wider filter, or pixels would be skipped
@@ -97,12 +102,19 @@ def grey_levels(images: UInt8[Tensor, "B H W 3"], side: int, whole: bool = False
 
     If `whole`, resize the longer side to `side` and pad with black instead, as open_clip's `ResizeMaxSize` does.
     """
-    _, *lengths, _ = images.shape
+    rows, columns, margins = spans_of(tuple(images.shape[1:3]), side, whole)
+    return pad(resize(images, rows, columns), margins)
+
+
+def spans_of(lengths: tuple[int, ...], side: int, whole: bool) -> tuple[Span, Span, tuple[int, int, int, int]]:
+    """Return how `grey_levels` resizes height and width, and the black margins left, right, above and below."""
     if not whole:
         new = [int(side * length / min(lengths)) for length in lengths]
-        spans = [Span(length, size, (size - side) // 2, side) for length, size in zip(lengths, new, strict=True)]
-        return resize(images, *spans)
+        rows, columns = (
+            Span(length, size, (size - side) // 2, side) for length, size in zip(lengths, new, strict=True)
+        )
+        return rows, columns, (0, 0, 0, 0)
     new = [max(1, round(length * (side / max(lengths)))) for length in lengths]
-    levels = resize(images, *(Span(length, size, 0, size) for length, size in zip(lengths, new, strict=True)))
+    rows, columns = (Span(length, size, 0, size) for length, size in zip(lengths, new, strict=True))
     above, left = ((side - size) // 2 for size in new)
-    return pad(levels, (left, side - new[1] - left, above, side - new[0] - above))
+    return rows, columns, (left, side - new[1] - left, above, side - new[0] - above)

@@ -1,11 +1,17 @@
 """Diagnose a run from its rounds' metrics: name the bottleneck, and detect that the reward collapsed."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from ray_ddpo.common.balance import Kind, RoundLoad, best, expected
 
 BUSY = 0.9  # a role that is busy for this share of the time is a bottleneck
+GAIN = 0.1  # by which another split must be faster to be named: the stand-ins' rounds agree with it within as much
 IDLE = {"samplers": "idle/sampler", "reward workers": "idle/reward_worker", "learner": "idle/learner"}
+SECONDS = ("seconds/sample", "seconds/score", "seconds/learn", "seconds/round")
+NEEDED = (*SECONDS, *IDLE.values())  # metrics of a round that `bottleneck` reads
 Metrics = dict[str, float]
 
 
@@ -18,14 +24,40 @@ class RoundSeconds:
     learning: float
     round: float  # wall-clock time
 
-    def longest_phase(self, samplers: int, reward_workers: int) -> float:
-        """Return the duration of a round if everything overlaps."""
-        return max(self.sampling / samplers, self.scoring / reward_workers, self.learning)
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """The actors of a run and the structure of its rounds, with the fields of a `RoundLoad` but its times."""
+
+    kind: Kind = "dedicated"
+    samplers: int
+    ranks: int = 1
+    reward_workers: int
+    gpus: int = 0  # of samplers and learner; 0: they compute on the CPU
+    tasks: int  # a round
+    lag: int
+    parts: int = 1
+    images_per_step: int = 1
+    transitions_per_image: int = 1
+    micro_batch_size: int | None = None
+
+    def load(self, times: RoundSeconds) -> RoundLoad:
+        """Return the load that measured seconds are."""
+        return RoundLoad(
+            tasks=self.tasks,
+            sample=times.sampling / self.tasks,
+            learn=times.learning * self.ranks,
+            score=times.scoring / self.tasks,
+            reward_workers=self.reward_workers,
+            lag=self.lag,
+            parts=self.parts,
+            images_per_step=self.images_per_step,
+            transitions_per_image=self.transitions_per_image,
+            micro_batch_size=self.micro_batch_size,
+        )
 
 
-def bottleneck(
-    rounds: Sequence[Metrics], max_policy_lag: int, samplers: int, reward_workers: int, can_overlap: bool = True
-) -> str:
+def bottleneck(rounds: Sequence[Metrics], roles: Roles, can_overlap: bool = True) -> str:
     """Describe the bottleneck in one sentence, from the mean over the last half of `rounds`.
 
     If not `can_overlap`, the roles share too few cores to work at the same time.
@@ -33,16 +65,22 @@ def bottleneck(
     if not rounds:
         return "no round was done, so there is no bottleneck to name"
     last = rounds[len(rounds) // 2 :]
-    seconds = ("seconds/sample", "seconds/score", "seconds/learn", "seconds/round")
-    times = RoundSeconds(*(_mean(last, name) for name in seconds))
+    times = RoundSeconds(*(_mean(last, name) for name in SECONDS))
     idle_shares = {role: _mean(last, name) for role, name in IDLE.items()}
     busy = {role: 0.0 if math.isnan(idle) else 1 - idle for role, idle in idle_shares.items()}
+    return _slowest(busy, times, roles, can_overlap) + _better_split(roles.load(times), times, roles)
+
+
+def _slowest(busy: dict[str, float], times: RoundSeconds, roles: Roles, can_overlap: bool) -> str:
+    """Describe the role that the others wait for, and the effect of one more worker or round in flight."""
+    if roles.kind == "colocated":
+        return _in_turns(busy, roles)
     second, first = sorted(busy, key=lambda role: busy[role])[-2:]
     if busy[first] < BUSY:
+        idle = ", ".join(f"{role} idle {_percent(1 - busy[role])}" for role in ("samplers", "learner"))
         if not can_overlap:
-            idle = ", ".join(f"{role} idle {_percent(1 - busy[role])}" for role in ("samplers", "learner"))
             return f"{idle}: they take turns on the same cores, so there is nothing to overlap"
-        return _no_overlap(busy, times, max_policy_lag, times.longest_phase(samplers, reward_workers))
+        return _no_overlap(busy, times, roles)
     if busy[second] >= BUSY:
         both = " and ".join(f"{role} ({_percent(busy[role])})" for role in (first, second))
         return (
@@ -50,8 +88,35 @@ def bottleneck(
             "would help"
         )
     if first == "learner":
-        return _slow_learner(busy, times, samplers)
-    return _too_few_workers(first, busy, times, samplers, reward_workers)
+        return _slow_learner(busy, times, roles)
+    return _too_few_workers(first, busy, times, roles)
+
+
+def _better_split(load: RoundLoad, times: RoundSeconds, roles: Roles) -> str:
+    """Name the split of the run's GPUs that `ddpo plan` would name if it knew these seconds; empty if none is faster."""
+    if not roles.gpus or not math.isfinite(load.sample + load.learn + load.score):
+        return ""
+    found = best(load, roles.gpus)
+    if found.seconds > (1 - GAIN) * times.round:
+        return ""
+    plural = "s" if roles.gpus > 1 else ""
+    return (
+        f"; on {roles.gpus} GPU{plural}, {found.in_words} would ideally take {found.seconds:.3g} s a round, "
+        "and ddpo plan prints the keys"
+    )
+
+
+def _in_turns(busy: dict[str, float], roles: Roles) -> str:
+    """Describe how busy devices are that samplers and learner ranks share in turns."""
+    sampling, learning = busy["samplers"], busy["learner"]
+    says = f"samplers and learner share their devices in turns: sampling {_percent(sampling)} of the time, "
+    says += f"learning {_percent(learning)}"
+    if sampling + learning >= BUSY:
+        return f"{says}; only more or faster devices would help"
+    says += f", idle {_percent(1 - sampling - learning)}"
+    if roles.tasks % roles.samplers:
+        return f"{says}: with a multiple of {roles.samplers} for sampling.batches_per_round no sampler would wait for others"
+    return f"{says}, while the last images are scored and all wait for the slowest: more reward workers would help"
 
 
 def _mean(rounds: Sequence[Metrics], name: str) -> float:
@@ -63,22 +128,24 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _no_overlap(busy: dict[str, float], times: RoundSeconds, max_policy_lag: int, longest_phase: float) -> str:
+def _no_overlap(busy: dict[str, float], times: RoundSeconds, roles: Roles) -> str:
     """Describe roles that wait for each other in turn. One more round in flight would overlap them."""
-    # A round's latency is shared by the lag + 1 rounds in flight.
-    ideal = max(longest_phase, times.round * (max_policy_lag + 1) / (max_policy_lag + 2))
-    roles = ("samplers", "learner") if max_policy_lag == 0 else tuple(busy)
-    idle = ", ".join(f"{role} idle {_percent(1 - busy[role])}" for role in roles)
+    ideal = expected(replace(roles.load(times), lag=roles.lag + 1), roles.samplers, roles.ranks).seconds
+    names = ("samplers", "learner") if roles.lag == 0 else tuple(busy)
+    idle = ", ".join(f"{role} idle {_percent(1 - busy[role])}" for role in names)
     return (
-        f"{idle}: they wait for each other; max_policy_lag = {max_policy_lag + 1} would overlap them, "
+        f"{idle}: they wait for each other; max_policy_lag = {roles.lag + 1} would overlap them, "
         f"and a round would ideally take {ideal:.3g} s instead of {times.round:.3g} s"
     )
 
 
-def _slow_learner(busy: dict[str, float], times: RoundSeconds, samplers: int) -> str:
-    """Describe a learner that all samplers wait for."""
-    enough = min(samplers, max(1, math.ceil(times.sampling / times.learning)))
-    fewer = f"; {enough} of the {samplers} samplers would do" if enough < samplers else ""
+def _slow_learner(busy: dict[str, float], times: RoundSeconds, roles: Roles) -> str:
+    """Describe a learner that all samplers wait for, and the number of samplers that would make rounds as short."""
+    load = roles.load(times)
+    limit = 1.01 * expected(load, roles.samplers, roles.ranks).seconds
+    counts = range(1, roles.samplers + 1)
+    enough = 1 + bisect_left(counts, True, key=lambda count: expected(load, count, roles.ranks).seconds <= limit)
+    fewer = f"; {enough} of the {roles.samplers} samplers would do" if enough < roles.samplers else ""
     return (
         f"samplers idle {_percent(1 - busy['samplers'])}: the learner is the bottleneck "
         f"(busy {_percent(busy['learner'])} of the time); "
@@ -86,12 +153,14 @@ def _slow_learner(busy: dict[str, float], times: RoundSeconds, samplers: int) ->
     )
 
 
-def _too_few_workers(role: str, busy: dict[str, float], times: RoundSeconds, samplers: int, reward_workers: int) -> str:
+def _too_few_workers(role: str, busy: dict[str, float], times: RoundSeconds, roles: Roles) -> str:
     """Describe samplers or reward workers that the learner waits for, and the effect of one more."""
+    load, samplers, count = roles.load(times), roles.samplers, roles.reward_workers + 1
     if role == "samplers":
-        count, ideal = samplers + 1, times.longest_phase(samplers + 1, reward_workers)
+        count = samplers = samplers + 1
     else:
-        count, ideal = reward_workers + 1, times.longest_phase(samplers, reward_workers + 1)
+        load = replace(load, reward_workers=count)
+    ideal = expected(load, samplers, roles.ranks).seconds
     return (
         f"learner idle {_percent(1 - busy['learner'])}: add a {role.removesuffix('s')} "
         f"({role} are busy {_percent(busy[role])} of the time); "

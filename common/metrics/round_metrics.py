@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 
+from ray_ddpo.common.group_spread import Refill
+from ray_ddpo.common.metrics.group_statistics import RewardRange, group_metrics
 from ray_ddpo.common.metrics.statistics import rows_by_name
 from ray_ddpo.common.policy_versions import lag_of, version_after
-from ray_ddpo.common.trajectory import Rollout, TrainBatch
+from ray_ddpo.common.trajectory import Rollout, TrainBatch, path_kls, summed_usage
 
 MOST_PROMPTS = 1000  # with one metric each per round; trackers keep every name, the driver the last rounds' metrics
 
@@ -89,33 +91,45 @@ def reward_metrics(
     weights: dict[str, float],
     floors: dict[str, float] | None = None,
     images_per_prompt: int = 1,
+    possible: RewardRange | None = None,
 ) -> dict[str, float]:
     """Return statistics of a full round's rewards and advantages, without dropped images.
 
-    Weights and floors are those of each reward, by name.
+    Weights and floors are those of each reward, by name. `possible` is the range of their weighted sum.
     """
     prompts = [prompt.text for rollout in rollouts for prompt in rollout.report.task.prompts]
     kept = np.setdiff1d(np.arange(len(prompts)), batch.dropped)
     parts = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts])[kept] for name in weights}
     rewards = sum((weight * parts[name] for name, weight in weights.items()), np.zeros(len(kept)))
-    # Without groups, the round counts as one group.
-    groups = rewards.reshape(-1, images_per_prompt if images_per_prompt > 1 else len(rewards))
     metrics = {
         "images": float(len(prompts)),
         "images_dropped": float(len(batch.dropped)),
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
-        "reward/zero_std_groups": float((groups == groups[:, :1]).all(axis=1).mean()),
+        **group_metrics(rewards, images_per_prompt, possible),
         "advantage/std": float(batch.advantages[kept].std()),
     }
     for name, values in parts.items():
         metrics |= {f"reward/{name}/mean": float(values.mean()), f"reward/{name}/std": float(values.std())}
+    usage = summed_usage([rollout.scores.usage for rollout in rollouts])
+    metrics |= {f"reward/{name}": value for name, value in usage.items()}
+    if len(path_kl := path_kls(rollouts)):
+        metrics["reward/path_kl_nats"] = float(path_kl[kept].mean())
     for name, floor in (floors or {}).items():
         metrics[f"reward/{name}/below_floor"] = float((parts[name] < floor).mean())
     by_prompt = rows_by_name([prompts[image] for image in kept])
     if len(by_prompt) > MOST_PROMPTS:
         return metrics
     return metrics | {f"reward/prompt/{text}": float(rewards[by_prompt[text]].mean()) for text in sorted(by_prompt)}
+
+
+def refill_metrics(refill: Refill, rollouts: list[Rollout]) -> dict[str, float]:
+    """Return how many further groups a round was refilled with, and how many it still lacks."""
+    with_spread = refill.with_spread(rollouts)
+    return {
+        "refill/groups": float(len(with_spread) - refill.groups),
+        "refill/lacking": float(max(0, refill.groups - int(with_spread.sum()))),
+    }
 
 
 def _idle(busy: float, available: float) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
 
-from ray_ddpo.common.recipe.registry import import_object, models_in
+from ray_ddpo.common.recipe.allowed_values import models_in
+from ray_ddpo.common.recipe.registry import import_object
 from ray_ddpo.common.recipe.tables import ComponentTable
 
 # From the class of a recipe's table to `module:REGISTRY` with the components that it can name. The program fills it.

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ray_ddpo.common.reading import reading
+from ray_ddpo.common.recipe.colocation import refuse_unshareable
 from ray_ddpo.common.recipe.overrides import with_overrides
 from ray_ddpo.common.recipe.registry import explain
 from ray_ddpo.common.recipe.shipped import near_recipes, recipe_file
@@ -100,9 +101,28 @@ class Recipe(Table):
         return self.sampling.batch_size * self.sampling.batches_per_round
 
     @property
+    def kept_lag(self) -> int:
+        """Return the most rounds that a version is behind the learner while the learner keeps it.
+
+        Rounds in flight need versions up to `max_policy_lag` behind, and rounds of the replay buffer older ones.
+        """
+        return self.max_policy_lag + self.learner.replay_rounds
+
+    @property
     def all_rewards(self) -> tuple[RewardTable, ...]:
         """Return the rewards that are trained on, from `[reward]` or `[[rewards]]`."""
         return self.rewards or ((self.reward,) if self.reward else ())
+
+    @property
+    def held_out_sampling(self) -> SamplingTable:
+        """Return the sampling settings of images that are not trained on: those of `[sampling]` and `[evaluation]`."""
+        plain: dict[str, Any] = {
+            "shared_prefix": False,
+            "solver": "first_order",
+            "cache_interval": 1,
+            "backprop_steps": None,
+        }
+        return self.sampling.model_copy(update=plain | self.evaluation.own_sampling)
 
     @model_validator(mode="after")
     def _one_way_of_giving_rewards(self) -> "Recipe":
@@ -154,6 +174,33 @@ class Recipe(Table):
             raise ValueError(
                 f"an optimizer step has learner.batch_size × gradient_accumulation_steps = {step} images, "
                 f"which learner.world_size = {self.learner.world_size} does not divide"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _roles_on_one_gpu_take_turns(self) -> "Recipe":
+        """Refuse a colocated learner that cannot take turns with the samplers, or has no GPU in common with them."""
+        refuse_unshareable(self.learner, self.samplers, self.max_policy_lag)
+        return self
+
+    @model_validator(mode="after")
+    def _groups_can_share_a_prefix(self) -> "Recipe":
+        """Refuse a shared prefix without groups, or with tasks of different numbers of groups.
+
+        Tasks with equal numbers of groups compute a group's prefix in batches of one size, and so with the same bits.
+        """
+        group, task = self.prompts.images_per_prompt, self.sampling.batch_size
+        if not self.sampling.shared_prefix:
+            return self
+        if group == 1:
+            raise ValueError(
+                "sampling.shared_prefix is true and prompts.images_per_prompt 1: a group of one image has nobody to share "
+                "a prefix with; give images_per_prompt, or shared_prefix = false"
+            )
+        if task % group and group % task:
+            raise ValueError(
+                f"sampling.shared_prefix is true, prompts.images_per_prompt {group} and sampling.batch_size {task}: tasks "
+                "would hold parts of groups; give a batch_size that images_per_prompt divides, or that divides it"
             )
         return self
 
@@ -265,7 +312,7 @@ def _no_recipe(path: Path) -> str:
         return f"there is no recipe at {path}, it is a folder: give the recipe in it, {path / RECIPE_FILE}"
     place = f"{path}, it is a folder" if path.is_dir() else path
     near = near_recipes(path)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = f"; did you mean {' or '.join(near)}?" if near else ", such as demo or tiny/grpo"
     return f"there is no recipe at {place}: give the path of a TOML file, or the name of a shipped recipe{hint}"
 
 

@@ -2,11 +2,11 @@
 
 import difflib
 import importlib
-from collections.abc import Iterator
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from ray_ddpo.common.recipe.allowed_values import models_in, one_error_per_key
 from ray_ddpo.common.recipe.bounds import Bounded
 from ray_ddpo.common.recipe.renamed import renamed_key, renamed_value
 from ray_ddpo.common.user_code.blame import blamed
@@ -109,7 +109,7 @@ def build(registry: Registry, table: dict[str, Any], what: str, kind: type[Compo
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """Return one line for pydantic's errors about `model`: for each the key, its value, and what is allowed."""
     lines = []
-    for fault in error.errors():
+    for fault in one_error_per_key(error.errors(), model):
         place, message = fault["loc"], fault["msg"].removeprefix("Value error, ")
         key, value = prefix + ".".join(str(part) for part in place), fault["input"]
         unknown = fault["type"] == "extra_forbidden"
@@ -138,11 +138,3 @@ def _keys_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
             model = next(models_in(model.model_fields[part].annotation))
     name = ["name"] if issubclass(model, Component) else []
     return sorted([*name, *model.model_fields])
-
-
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the models in a type, such as the one in `tuple[Model, ...] | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from models_in(inner)

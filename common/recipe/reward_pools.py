@@ -38,11 +38,17 @@ def all_pools(recipe: Recipe) -> tuple[RewardPool, ...]:
     return (*reward_pools(recipe), *([RewardPool(SCORERS, scorers, table.workers)] if table.every and scorers else []))
 
 
-def refused(roles: dict[str, ElasticTable], role: str, count: int) -> str | None:
+def refused(recipe: Recipe, role: str, count: int) -> str | None:
     """Return why a role cannot have `count` actors, or None if it can."""
+    roles = elastic_roles(recipe)
     if role not in roles:
         return f"this run has no {role}: it has {', '.join(roles)}"
     table = roles[role]
+    if role == "samplers" and recipe.learner.colocated and count != table.count:
+        return (
+            f"samplers is {count}: with learner.colocated each of the {table.count} learner ranks shares its GPU with one "
+            "sampler, so their number stays; the number of reward workers may change"
+        )
     if count < table.min or (table.max is not None and count > table.max):
         bounds = f"{role}.min = {table.min} and {role}.max = {table.max or 'none'}"
         return f"{role} is {count}: it must lie between {bounds}"

@@ -7,16 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from ray_ddpo.common.recipe.bounds import LARGEST, Bounded
+from ray_ddpo.common.recipe.bounds import LARGEST, Bounded, Table
+from ray_ddpo.common.recipe.learning_rates import LearningRates
+from ray_ddpo.common.recipe.sampling_table import HeldOutSampling
+from ray_ddpo.common.recipe.sampling_table import SamplingTable as SamplingTable  # imported from here by others
 
 MOST_ACTORS = 10_000  # of one role
 MOST_IMAGES = 1_000_000  # of a round, or of an evaluation
 PLACES = 4  # decimal places of an amount that Ray counts
 RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory", "bundle")
-
-
-class Table(Bounded):
-    """Table of the recipe whose keys are known, typed and bounded."""
 
 
 class ComponentTable(Bounded):
@@ -48,64 +47,6 @@ class PromptsTable(ComponentTable):
 
     images_per_prompt: int = Field(default=1, ge=1)
     """Images sampled for each prompt of a round: the group size. With 1, every image samples its own prompt."""
-
-
-class SamplingTable(Table):
-    """Denoising steps, guidance and noise of sampling, and the transitions that are trained on."""
-
-    num_steps: int = Field(default=50, ge=2, le=1000)
-    """Denoising steps per image."""
-    guidance_scale: float = Field(default=5.0, ge=0)
-    """Scale of classifier-free guidance. Up to 1 the network runs once a step, not twice. For FLUX it is an input."""
-    negative_prompt: str | None = None
-    """Prompt that guidance leads away from. By default the empty one of diffusers."""
-    eta: float = Field(default=1.0, gt=0, le=1)
-    """Noise of a step: DDIM's η, or the noise level a of a flow-matching SDE. Without noise there is no log-prob."""
-    batch_size: int = Field(default=8, ge=1)
-    """Images per task: one call of a sampler."""
-    batches_per_round: int = Field(default=4, ge=1)
-    """Tasks per round. A round has `batch_size` × `batches_per_round` images."""
-    timestep_fraction: float = Field(default=1.0, gt=0, le=1)
-    """Fraction of an image's steps that are trained on. They are sampled from the image's seed."""
-    skip_last_steps: int = Field(default=0, ge=0)
-    """Last steps that are not trained on. The nearly clean ones are ill-conditioned."""
-    sde_window: int | None = Field(default=None, ge=1)
-    """Consecutive steps that are stochastic and trained on; others are deterministic. By default all are stochastic."""
-    sde_window_order: Literal["random", "sliding"] = "random"
-    """Position of the window: sampled at random (`random`), or one step later at each move (`sliding`)."""
-    sde_window_rounds: int = Field(default=1, ge=1)
-    """Rounds between two moves of the window."""
-    latents_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Dtype in which a trajectory's latents are stored. Log-probs are computed from the rounded latents."""
-
-    @property
-    def is_guided(self) -> bool:
-        """Return whether guidance runs the network with and without the prompt, by the same rule as diffusers."""
-        return self.guidance_scale > 1
-
-    def trained_steps(self, stochastic_steps: int) -> int:
-        """Return how many of an image's stochastic steps are trained on; at least one."""
-        if self.sde_window is not None:
-            return self.sde_window
-        return max(1, round(self.timestep_fraction * (stochastic_steps - self.skip_last_steps)))
-
-    @model_validator(mode="after")
-    def _steps_are_left_to_learn_from(self) -> "SamplingTable":
-        """Refuse a window beside a fraction of steps or longer than the steps, and last steps that are nearly all."""
-        if self.sde_window is not None and self.timestep_fraction != 1:
-            raise ValueError(
-                f"sde_window is {self.sde_window} and timestep_fraction {self.timestep_fraction}: a recipe learns either "
-                "from a window of steps, the same for a round, or from a fraction of them, each image's own"
-            )
-        if self.sde_window is not None and self.sde_window > self.num_steps - self.skip_last_steps:
-            raise ValueError(
-                f"sde_window {self.sde_window} is longer than num_steps {self.num_steps} less skip_last_steps "
-                f"{self.skip_last_steps}"
-            )
-        if self.skip_last_steps >= self.num_steps - 1:
-            said = f"skip_last_steps {self.skip_last_steps} of num_steps {self.num_steps}"
-            raise ValueError(f"{said} leaves too few to learn from")
-        return self
 
 
 class RoleTable(Table):
@@ -212,7 +153,7 @@ class RewardWorkersTable(RewardPoolTable):
     """Images of the whole run that may be dropped because they cannot be scored. One more ends the run."""
 
 
-class LearnerTable(RoleTable):
+class LearnerTable(RoleTable, LearningRates):
     """Optimizer, batch sizes and ranks of the learner."""
 
     batch_size: int = Field(ge=1)
@@ -226,12 +167,12 @@ class LearnerTable(RoleTable):
     """
     inner_epochs: int = Field(default=1, ge=1)
     """Passes over the images of a round."""
+    replay_rounds: int = Field(default=0, ge=0, le=1000)
+    """Earlier rounds whose images are trained on again with each round, by the log-probs of the policy that sampled them."""
     parts_per_round: int = Field(default=1, ge=1)
     """Parts of a round that are learned from in task order, each while later tasks are still being sampled."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """`adamw_8bit` keeps the optimizer state in 8 bits, a quarter of the memory. It needs bitsandbytes."""
-    learning_rate: float = Field(default=3e-4, gt=0)
-    """Learning rate of AdamW."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """Weight decay of AdamW."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -250,6 +191,15 @@ class LearnerTable(RoleTable):
     """Ranks: processes that share every optimizer step. Each has the resources of this table."""
     shard_optimizer_state: bool = False
     """Shard the optimizer state: each rank updates a part of the weights and broadcasts it to the others."""
+    shard_weights: bool = False
+    """Shard weights, gradients and optimizer state: a rank gathers a block at a time. No effect with one rank."""
+    offload_weights: bool = False
+    """Keep a rank's shard of weights, gradients and optimizer state in the host's memory. Needs `shard_weights`."""
+    colocated: bool = False
+    """Let each rank share its GPU with one sampler, in turns, so that equal GPUs are all busy without lag.
+
+    Needs `samplers.count` = `world_size`, `max_policy_lag` = 0, and `num_gpus` of both that are shares of one GPU.
+    """
 
     @property
     def images_per_step(self) -> int:
@@ -312,7 +262,7 @@ class CheckpointTable(Table):
     """Newest checkpoints that are kept."""
 
 
-class EvaluationTable(Table):
+class EvaluationTable(HeldOutSampling):
     """Held-out images: their prompts, seeds, scorers, and when they are sampled during training."""
 
     every: int = Field(default=0, ge=0)
@@ -352,10 +302,14 @@ class GuardTable(Table):
     """Increase of the share of nearly black pixels over the pretrained model's that raises an alarm."""
     sharpness: float = Field(default=0.1, ge=0)
     """Share of the pretrained model's sharpness below which an alarm is raised. 0: not monitored."""
-    entropy: float = Field(default=0.5, ge=0)
+    edge_density: float = Field(default=0.5, ge=0)
+    """Share of the pretrained model's pixels on edges below which an alarm is raised. 0: not monitored."""
+    entropy: float = Field(default=0.6, ge=0)
     """Share of the pretrained model's grey-level entropy below which an alarm is raised. 0: not monitored."""
     diversity: float = Field(default=0.25, ge=0)
     """Share of the pretrained model's diversity within a prompt below which an alarm is raised. 0: not monitored."""
+    saturation: float = Field(default=0.95, ge=0, le=1)
+    """Share of images with the best possible reward from which an alarm is raised. 0: not monitored."""
     max_kl_nats: float | None = Field(default=None, gt=0)
     """KL in nats per step to the pretrained model above which an alarm is raised. By default not monitored."""
     patience: int = Field(default=1, ge=1)

@@ -18,7 +18,7 @@ from ray_ddpo.common.recipe.tables import RolloutsTable
 from ray_ddpo.common.run_storage.png import png
 from ray_ddpo.common.run_storage.reading import read_parquet
 from ray_ddpo.common.run_storage.storage import Storage, Unwritten
-from ray_ddpo.common.trajectory import Rollout, TaskReport, TrainBatch
+from ray_ddpo.common.trajectory import Rollout, TaskReport, TrainBatch, path_kls
 
 FOLDER = "rollouts"
 FILE = "images.parquet"
@@ -91,6 +91,11 @@ class Ledger:
         columns |= {f"joined/{name}": values for name, values in batch.aggregated_rewards.items()}
         types = COLUMNS | {name: pa.float64() for name in columns if name.startswith(("reward/", "joined/"))}
         prompts = [prompt for rollout in rollouts for prompt in rollout.report.task.prompts]
+        if any(each.report.task.prefix_seeds for each in rollouts):
+            columns["prefix_seed"] = [seed for each in rollouts for seed in each.report.task.prefix_seeds or ()]
+            types["prefix_seed"] = pa.int64()  # of the noise that the image shares with its group
+        if len(path_kl := path_kls(rollouts)):
+            columns["path_kl_nats"], types["path_kl_nats"] = path_kl, pa.float64()
         if any(prompt.metadata for prompt in prompts):
             columns["metadata"], types["metadata"] = metadata_as_json(prompts), pa.string()
         table = pa.table({name: pa.array(columns[name], kind, from_pandas=True) for name, kind in types.items()})

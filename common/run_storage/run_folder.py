@@ -128,6 +128,18 @@ class RunFolder:
         """Return whether this process sees `token` in the folder."""
         return self.storage.exists(TOKEN) and self.storage.read(TOKEN) == token.encode()
 
+    def check_token(self, token: str, whose: str) -> None:
+        """Check that another process, on the machine `whose`, sees this folder as the driver sees it.
+
+        Raises:
+            ValueError: The folder is another one there, so that what that process writes would be lost.
+        """
+        if not self.has_token(token):
+            raise ValueError(
+                f"output_dir: {self.location} on {whose} is not the driver's: what the learner writes there would be "
+                "lost; give --output_dir a path on storage that all nodes see, or a URI (s3://…)"
+            )
+
     def write_recipe(self, tables: dict[str, Any], base: Base | None = None) -> None:
         """Write the resolved recipe, with the package versions and fingerprints as comments at the top.
 

@@ -6,6 +6,8 @@ from datetime import timedelta
 
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
+SATURATED = 0.5  # share of images with the best possible reward from which the line says so
+
 
 class TimeLeft:
     """An estimate of the remaining time from the rounds since this start."""
@@ -37,12 +39,16 @@ class Bar(LiveTracker):
         self._time_left = TimeLeft(run)
         self._progress.console.print(settings_line(run), markup=False, highlight=False)
         self._row = self._progress.add_task("sampling", total=run.rounds, completed=run.first_round)
+        self._rate_changes = rate_changes(run)
         self._progress.start()
 
     def log(self, metrics: Metrics) -> None:
         done = int(metrics["round"]) + 1
         self._progress.update(
-            self._row, completed=done, description=stats_line(metrics, self._time_left.after(done)), refresh=True
+            self._row,
+            completed=done,
+            description=stats_line(metrics, self._time_left.after(done), self._rate_changes),
+            refresh=True,
         )
 
     def finish(self) -> None:
@@ -55,11 +61,15 @@ class PlainLines(LiveTracker):
     def __init__(self, run: RunInfo) -> None:
         self._rounds = run.rounds
         self._time_left = TimeLeft(run)
+        self._rate_changes = rate_changes(run)
         print(settings_line(run), flush=True)
 
     def log(self, metrics: Metrics) -> None:
         done = int(metrics["round"]) + 1
-        print(f"round {done}/{self._rounds}  {stats_line(metrics, self._time_left.after(done))}", flush=True)
+        print(f"round {done}/{self._rounds}  {self._stats(metrics, done)}", flush=True)
+
+    def _stats(self, metrics: Metrics, done: int) -> str:
+        return stats_line(metrics, self._time_left.after(done), self._rate_changes)
 
     def finish(self) -> None:
         """Do nothing, because every line is flushed."""
@@ -85,10 +95,32 @@ def settings_line(run: RunInfo) -> str:
     )
 
 
-def stats_line(metrics: Metrics, left: timedelta) -> str:
-    """Return the mean reward, the throughput and the remaining time."""
-    throughput = f"{metrics['images_per_second']:.3g} images/s  {left} left"
-    return f"reward {metrics['reward/mean']:.4g}{_without_spread(metrics)}  {throughput}"
+def rate_changes(run: RunInfo) -> bool:
+    """Return whether the run's recipe has a warmup or a schedule of the learning rate."""
+    learner = run.recipe.get("learner", {})
+    return learner.get("warmup_steps", 0) > 0 or learner.get("learning_rate_schedule", "constant") != "constant"
+
+
+def stats_line(metrics: Metrics, left: timedelta, with_rate: bool = False) -> str:
+    """Return the mean reward, the spread within groups, the throughput, the MFU if it is known, and the remaining time.
+
+    Args:
+        metrics: of the round.
+        left: the remaining time.
+        with_rate: show the learning rate, too.
+    """
+    throughput = f"{metrics['images_per_second']:.3g} images/s{_utilization(metrics)}  {left} left"
+    rate = f"  learning rate {metrics['learning_rate']:.3g}" if with_rate and "learning_rate" in metrics else ""
+    within = f" ± {metrics['reward/group_std']:.2g} in a group" if "reward/group_std" in metrics else ""
+    spread = f"{within}{_without_spread(metrics)}{_saturated(metrics)}"
+    return f"reward {metrics['reward/mean']:.4g}{spread}{rate}  {throughput}"
+
+
+def _utilization(metrics: Metrics) -> str:
+    """Return the samplers' and the learner's MFU in brackets; empty if neither is known."""
+    known = {"sampling": metrics.get("mfu/sampler"), "learning": metrics.get("mfu/learner")}
+    parts = [f"{side} {100 * share:.0f} %" for side, share in known.items() if share is not None]
+    return f" (MFU {', '.join(parts)})" if parts else ""
 
 
 def _without_spread(metrics: Metrics) -> str:
@@ -97,3 +129,9 @@ def _without_spread(metrics: Metrics) -> str:
     if share == 1:
         return " (all rewards of a group are equal: nothing to learn from)"
     return f" ({100 * share:.0f} % of groups have equal rewards)" if share else ""
+
+
+def _saturated(metrics: Metrics) -> str:
+    """Return a remark if most images have the best reward that they can have."""
+    share = metrics.get("reward/saturation", 0.0)
+    return f" ({100 * share:.0f} % of images have the best reward)" if share >= SATURATED else ""

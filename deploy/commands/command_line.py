@@ -95,8 +95,13 @@ def _add_recipe_verbs(verbs: Any) -> None:
     verb.add_argument("--from", dest="start_from", metavar="RUN[@ROUND]", help=from_help)
     verb.add_argument("--serial", action="store_true", help="one process, without Ray, for debugging")
 
-    verb = verbs.add_parser("plan", help="print the batch sizes and the memory of a recipe")
+    verb = verbs.add_parser("plan", help="print the batch sizes, the memory and the balance of a recipe")
     _add_recipe(verb)
+    verb.add_argument("--gpus", type=int, metavar="N", help="print the best layout of N GPUs and its recipe lines")
+    verb.add_argument(
+        "--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of each of them; by default %(default)g"
+    )
+    verb.add_argument("--output", metavar="FILE", help="write the recipe with that layout to a file")
 
     verb = verbs.add_parser("doctor", help="check what would go wrong with a recipe on this machine")
     _add_recipe(verb)
@@ -149,10 +154,24 @@ def _add_weight_verbs(verbs: Any) -> None:
     verb.add_argument("--recipe", help=recipe_help)
     output_help = "folder without an earlier result; by default evaluation, evaluation-2, … in the first run's folder"
     verb.add_argument("--output", metavar="FOLDER", help=output_help)
+    suite_help = (
+        "prompts, images a prompt and scorers of a standard suite: ocr, geneval, pickscore, drawbench, words, shapes"
+    )
+    verb.add_argument("--suite", metavar="SUITE", help=suite_help)
+    verb.add_argument(
+        "--prompts-from", metavar="FOLDER", default="prompts", help="where `ddpo prompts` wrote a suite's prompts"
+    )
+    scorers_help = "other scorers for the suite, as `--rewards` of a recipe: '[{ name = \"pickscore\" }]'"
+    verb.add_argument("--scorers", metavar="LIST", help=scorers_help)
 
     verb = verbs.add_parser("replay", help="re-sample a round and compare it with the ledger, image by image")
     verb.add_argument("replayed", metavar="RUN", help="a run's folder")
     verb.add_argument("--round", type=int, required=True, help="index of the round, from 0")
+
+    preferences_help = "write the best and worst images of a run's groups as a preference file, or check such a file"
+    verb = verbs.add_parser("preferences", help=preferences_help)
+    verb.add_argument("source", metavar="RUN_OR_FILE", help="a run's folder; without --output, a file to check")
+    verb.add_argument("--output", metavar="FILE", help="a .parquet or .jsonl file that does not exist yet")
 
     verb = verbs.add_parser("export", help="write a run's LoRA in a format that other programs read")
     verb.add_argument("exported", metavar="RUN_OR_PATH", help="a run's folder, its best/, or a LoRA of this program")
@@ -171,7 +190,13 @@ def _add_weight_verbs(verbs: Any) -> None:
 
 
 def _add_service_verbs(verbs: Any) -> None:
-    """Add the verbs around a training: the reward service, TRL's configurations, aesthetic heads."""
+    """Add the verbs around a training: prompt sets, the reward service, TRL's configurations, aesthetic heads."""
+    verb = verbs.add_parser("prompts", help="list the sets of prompts, or fetch a published one as JSONL")
+    verb.add_argument("set", nargs="?", metavar="SET", help="the published set to fetch; by default all are listed")
+    verb.add_argument(
+        "--output", metavar="FOLDER", default="prompts", help="folder of the files; by default %(default)s"
+    )
+
     verb = verbs.add_parser("serve-reward", help="serve a recipe's reward over HTTP")
     _add_recipe(verb)
     verb.add_argument("--reward", metavar="NAME", help="one of the recipe's rewards; needed if it has several")

@@ -106,9 +106,21 @@ def config(section: str | None) -> str:
         return "\n".join(lines)
     if registry is None:
         raise ValueError(f"section {table!r} names no component: those that do are {', '.join(COMPONENTS)}")
+    owners = _owners(registry, table, component)
+    if component not in registry and owners:
+        raise ValueError(
+            f"{section} is a key of components and not a component: `ddpo config {table}.{owners[0]}` prints it"
+            + (f", as it does for {', '.join(owners[1:])}" if owners[1:] else "")
+        )
     cls = component_class(registry, component, table, Component)
     keys = _in_words(cls) or ["It has no keys of its own."]
     return "\n".join([f'[{table}] name = "{component}"  {inspect.getdoc(cls)}', "", *keys])
+
+
+def _owners(registry: Registry, table: str, key: str) -> list[str]:
+    """Return the components that have a key, or a table, of this name."""
+    first = key.partition(".")[0]
+    return [name for name in registry if first in component_class(registry, name, table, Component).model_fields]
 
 
 def _in_words(model: type[BaseModel]) -> list[str]:

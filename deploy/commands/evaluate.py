@@ -21,13 +21,14 @@ from ray_ddpo.deploy.commands.settings import differing_settings, kept_settings,
 from ray_ddpo.deploy.commands.weights.given_base import check_given
 from ray_ddpo.deploy.commands.weights.given_weights import default_output, load_policy, recipe_of, refuse_output_file
 from ray_ddpo.deploy.driver.components import SCORING, Components, build_components
+from ray_ddpo.deploy.driver.reward_prompts import check_rewards_prompts
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.deploy.evaluation.eval_log import images_table
 from ray_ddpo.deploy.evaluation.eval_result import WEIGHTED_SUM, EvalResult, EvalScorer, scorer_tables
 
 OUTPUT = "evaluation"  # the default folder; if it holds a result, evaluation-2 and so on
 PRETRAINED = "pretrained"  # the model before any training
-STATS, ROWS, IMAGES = "evaluation.json", "images.parquet", "images.png"
+STATS, ROWS, IMAGES = FILES = ("evaluation.json", "images.parquet", "images.png")
 
 
 def evaluate(
@@ -50,9 +51,10 @@ def evaluate(
     if twice:
         raise ValueError(f"{twice} is named twice: weights are compared with others")
     given = [location for location in named if location != PRETRAINED]
-    recipe, output = recipe_of(given, recipe_name, overrides), _output(output_name, given)
+    recipe, output = recipe_of(given, recipe_name, overrides), new_output(output_name, given, OUTPUT, FILES)
     components = build_components(recipe, used=SCORING)
-    found = _results(components, named, lambda base: check_given(given, recipe_name, base, overrides))
+    check_rewards_prompts(components, trains=False)
+    found = results(components, named, lambda base: check_given(given, recipe_name, base, overrides))
     baseline = found[against]
     compared = {location: changes(recipe, baseline, found[location]) for location in weights}
     output.mkdir(parents=True, exist_ok=True)
@@ -65,27 +67,33 @@ def evaluate(
     return "\n".join([*lines, *(f"  {output / name}" for name in (IMAGES, ROWS, STATS))])
 
 
-def _output(asked: str | None, weights: list[str]) -> Path:
+def new_output(asked: str | None, weights: list[str], default: str, files: Sequence[str]) -> Path:
     """Return a folder without an earlier result: the one asked for, else a new one in the run's folder.
+
+    Args:
+        asked: the folder asked for, if any.
+        weights: what is evaluated.
+        default: name of the new folder; if that has a result, `default-2` and so on.
+        files: names of a result's files.
 
     Raises:
         ValueError: the requested folder holds a result, or is a file.
     """
+
+    def is_taken(folder: Path) -> bool:
+        return any((folder / name).exists() for name in files)
+
     if asked is None:
-        first = default_output(weights, OUTPUT)
-        others = (first.with_name(f"{OUTPUT}-{count}") for count in itertools.count(2))
-        return next(folder for folder in itertools.chain([first], others) if not _is_taken(folder))
-    if _is_taken(Path(asked)):
+        first = default_output(weights, default)
+        others = (first.with_name(f"{default}-{count}") for count in itertools.count(2))
+        return next(folder for folder in itertools.chain([first], others) if not is_taken(folder))
+    if is_taken(Path(asked)):
         raise ValueError(f"--output is {asked!r}, which has the result of an earlier evaluation: give another folder")
     refuse_output_file(Path(asked))
     return Path(asked)
 
 
-def _is_taken(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (STATS, ROWS, IMAGES))
-
-
-def _results(components: Components, named: list[str], check: Callable[[Base], None]) -> dict[str, EvalResult]:
+def results(components: Components, named: list[str], check: Callable[[Base], None]) -> dict[str, EvalResult]:
     """Sample and score the evaluation set under each of the named weights.
 
     Args:

@@ -1,5 +1,6 @@
 """ddpo replay: sample a round again from the checkpointed weights, and compare it with the ledger image by image."""
 
+import json
 from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
@@ -14,6 +15,7 @@ from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.schedule import Task, round_tasks
+from ray_ddpo.common.trajectory import ImageBatch, TaskReport
 from ray_ddpo.deploy.commands.weights.given_base import check_base
 from ray_ddpo.deploy.driver.components import SAMPLING, build_components
 from ray_ddpo.deploy.driver.start import prompts_base
@@ -25,7 +27,7 @@ from ray_ddpo.learner.checkpoints.checkpoint import (
 )
 
 Row = dict[str, Any]  # of the ledger
-SCHEDULED = ("task", "prompt", "seed", "policy_version", "metadata")  # columns that the recipe decides
+SCHEDULED = ("task", "prompt", "seed", "policy_version", "metadata", "prefix_seed")  # columns that the recipe decides
 
 
 def replay(run: str, round_index: int, overrides: list[str]) -> tuple[str, bool]:
@@ -45,15 +47,17 @@ def replay(run: str, round_index: int, overrides: list[str]) -> tuple[str, bool]
     version = rows[0]["policy_version"]
     weights = kept_weights(folder.checkpoints, round_index, version)
     components = build_components(recipe, used=SAMPLING)
-    scheduled = round_tasks(recipe, round_index, components.prompts.load())
+    last = rows[-1]["task"] if components.algorithm.refill_attempts else 0  # of a round that may have been refilled
+    tasks = range(max(recipe.sampling.batches_per_round, last + 1))
+    scheduled = round_tasks(recipe, round_index, components.prompts.load(), tasks)
     differences = list(_against_schedule(rows, scheduled))
     for row in rows:
         if row["fingerprint"] != weights.fingerprint:
             found, wanted = _short(row["fingerprint"]), _short(weights.fingerprint)
             differences.append((row["image"], f"sampled with weights {found}, the checkpoint's are {wanted}"))
-    sampler = Sampler(components.policy, recipe.sampling, recipe.runtime)
+    sampler = Sampler(components.policy, recipe.sampling, recipe.runtime, source=components.image_source)
     check_base(folder, sampler.loaded_parts() | prompts_base(components), overrides, stood_on)
-    differences += _against_images(rows, sampler, weights)
+    differences += _against_images(rows, sampler, weights, scheduled[0].window)
     by_image: dict[int, list[str]] = {}
     for image, text in differences:
         by_image.setdefault(image, []).append(text)
@@ -82,16 +86,31 @@ def kept_weights(checkpoints: Storage, round_index: int, version: int) -> Policy
     )
 
 
-def _against_images(rows: list[Row], sampler: Sampler, weights: PolicyWeights) -> Iterator[tuple[int, str]]:
-    """Sample the round's tasks again from its ledger rows; yield differences by image."""
+def sampled_again(
+    rows: list[Row], sampler: Sampler, weights: PolicyWeights, window: range | None
+) -> Iterator[tuple[list[Row], TaskReport, ImageBatch]]:
+    """Sample a round's tasks again from its ledger rows, with the round's SDE window.
+
+    Yield each task's rows with its report and images.
+    """
     for of_task in (list(of_task) for _, of_task in groupby(rows, itemgetter("task"))):
-        first, prompts = of_task[0], tuple(Prompt(row["prompt"]) for row in of_task)
+        first = of_task[0]
+        prompts = tuple(Prompt(row["prompt"], json.loads(row.get("metadata") or "{}")) for row in of_task)
         seeds = tuple(row["seed"] for row in of_task)
-        task = Task(first["round"], first["task"], first["policy_version"], prompts, seeds)
+        prefix = tuple(row["prefix_seed"] for row in of_task) if "prefix_seed" in first else None
+        task = Task(first["round"], first["task"], first["policy_version"], prompts, seeds, window, prefix_seeds=prefix)
         # Decoding an image without a fingerprint ended the process, so the image was dropped.
         without_image = tuple(number for number, row in enumerate(of_task) if row["image_fingerprint"] == "")
-        report, _, _ = sampler.sample(task, weights, Care(not_decoded=without_image))
-        assert report is not None, "no task of this sampler is canceled"
+        report, _, images = sampler.sample(task, weights, Care(not_decoded=without_image))
+        assert report is not None and images is not None, "no task of this sampler is canceled"
+        yield of_task, report, images
+
+
+def _against_images(
+    rows: list[Row], sampler: Sampler, weights: PolicyWeights, window: range | None
+) -> Iterator[tuple[int, str]]:
+    """Sample the round's tasks again; yield differences by image."""
+    for of_task, report, _ in sampled_again(rows, sampler, weights, window):
         for row, fingerprint in zip(of_task, report.image_fingerprints, strict=True):
             if row["image_fingerprint"] != fingerprint:
                 text = f"the ledger has {_short(row['image_fingerprint'])}, and re-sampled it is {_short(fingerprint)}"
@@ -101,9 +120,15 @@ def _against_images(rows: list[Row], sampler: Sampler, weights: PolicyWeights) -
 def _against_schedule(rows: list[Row], scheduled: list[Task]) -> Iterator[tuple[int, str]]:
     """Compare the ledger with the tasks that the recipe schedules; yield differences by image."""
     expected = [
-        (task.index, prompt.text, seed, task.policy_version, metadata)
+        (task.index, prompt.text, seed, task.policy_version, metadata, prefix)
         for task in scheduled
-        for prompt, seed, metadata in zip(task.prompts, task.seeds, metadata_as_json(task.prompts), strict=True)
+        for prompt, seed, metadata, prefix in zip(
+            task.prompts,
+            task.seeds,
+            metadata_as_json(task.prompts),
+            task.prefix_seeds or [None] * len(task.seeds),
+            strict=True,
+        )
     ]
     if len(expected) != len(rows):
         raise ValueError(

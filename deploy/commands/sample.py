@@ -43,9 +43,10 @@ def sample(
     for line in differing_settings([weights], components.resolved()):
         print_line(line)
     folder.mkdir(parents=True, exist_ok=True)
-    window = evaluation_window(recipe.sampling)
+    sampling = recipe.held_out_sampling
+    window = evaluation_window(sampling)
     for index, prompt in enumerate(prompts):
-        trajectory = sample_trajectories(policy, [prompt], [seed + index], recipe.sampling, window)
+        trajectory = sample_trajectories(policy, [prompt], [seed + index], sampling, window)
         path = folder / f"{index:03d}-{_file_name(prompt)}-seed{seed + index}.png"
         if path.exists():
             print_line(f"{path} was there and is replaced")

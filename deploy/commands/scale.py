@@ -1,6 +1,6 @@
 """ddpo scale: request another number of samplers or reward workers of an active run, through its folder."""
 
-from ray_ddpo.common.recipe.reward_pools import SHARED, elastic_roles, refused
+from ray_ddpo.common.recipe.reward_pools import SHARED, refused
 from ray_ddpo.common.run_storage.lease import runs_it
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 
@@ -22,9 +22,8 @@ def scale(run: str, wanted: dict[str, int]) -> str:
     recipe = folder.load_recipe([])
     if not wanted:
         raise ValueError("ddpo scale needs --samplers N, --reward-workers N, or both")
-    tables = elastic_roles(recipe)
     for role, count in wanted.items():
-        if why := refused(tables, role, count):
+        if why := refused(recipe, role, count):
             raise ValueError(why)
     if runs_it(folder) is None:
         raise ValueError(f"no process runs {folder.location}: start it with --resume auto, and with --samplers.count")

@@ -14,22 +14,36 @@ NOT_OF_AN_IMAGE = {
         "batch_size",
         "batches_per_round",
         "timestep_fraction",
+        "skip_first_steps",
         "skip_last_steps",
         "sde_window_order",
         "sde_window_rounds",
+        "sde_window_stride",
+        "sde_window_end",
+        "sde_window_decay",
+        "sde_window_decay_from",
+        "shared_prefix",
+        "solver",
+        "cache_interval",
+        "kl_reward",
+        "backprop_steps",
     ),
-    "policy": ("model", "train", "lora", "gradient_checkpointing"),
+    "policy": ("model", "train", "lora", "gradient_checkpointing", "cuda_graphs", "compile_blocks"),
 }
+
+AS_BEFORE = (("deterministic", False),)  # keys that earlier runs do not have, with the value that they sampled by
 
 
 def image_settings(tables: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a resolved recipe that decide what an image looks like, with their values."""
     tables = without_none(dict(tables))
-    return {
+    given = {key: tables.get("evaluation", {}).get(key) for key in ("num_steps", "solver", "cache_interval")}
+    held_out = {f"evaluation.{key}": value for key, value in given.items() if value not in (None, "first_order", 1)}
+    return held_out | {
         f"{table}.{key}": value
         for table, others in NOT_OF_AN_IMAGE.items()
         for key, value in tables.get(table, {}).items()
-        if key not in others
+        if key not in others and (key, value) not in AS_BEFORE
     }
 
 
@@ -50,12 +64,23 @@ def kept_settings(components: Components, images: EvalResult) -> dict[str, Any]:
 
 def settings_in_words(kept: Mapping[str, Any]) -> str:
     """Format the settings as one line for the terminal."""
+    solver, interval = kept.get("evaluation.solver"), kept.get("evaluation.cache_interval")
+    saved = f" of {solver}" if solver else f" and a cache_interval of {interval}" if interval else ""
+    num_steps = kept.get("evaluation.num_steps") or kept["sampling.num_steps"]
     return (
-        f"sampled with {kept['sampling.num_steps']} steps, guidance {kept['sampling.guidance_scale']:g}, "
-        f"eta {kept['sampling.eta']:g}, {kept['width']} × {kept['height']} pixels, "
+        f"sampled with {num_steps} steps{saved}, guidance {kept['sampling.guidance_scale']:g}, "
+        f"{_noise_in_words(kept)}, {kept['width']} × {kept['height']} pixels, "
         f"{kept.get('policy.sampler_dtype') or kept['policy.dtype']}, {kept['images']} seeds of evaluation.seed "
         f"{kept['evaluation.seed']} ({kept['evaluation.split']})"
     )
+
+
+def _noise_in_words(kept: Mapping[str, Any]) -> str:
+    """Return the noise of steps: none, or its level with the stochastic sampler if the recipe chose one."""
+    if kept.get("sampling.deterministic"):
+        return "no noise"
+    sde = kept.get("sampling.sde")
+    return f"eta {kept['sampling.eta']:g}" + (f" of {sde!r}" if sde else "")
 
 
 def differing_settings(weights: Sequence[str], tables: Mapping[str, Any]) -> list[str]:

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+from ray_ddpo.common.metrics.diagnoses import NEEDED, bottleneck
+from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.lease import runs_it
 from ray_ddpo.common.run_storage.reading import read_json_lines, read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.driver.gpu_layout import roles_of
 
 LATEST = "checkpoints/latest"
 SHOWN = {
@@ -16,7 +19,10 @@ SHOWN = {
     "samplers idle": ("idle/sampler", ".0%"),
     "reward workers idle": ("idle/reward_worker", ".0%"),
     "learner idle": ("idle/learner", ".0%"),
+    "samplers' MFU": ("mfu/sampler", ".1%"),
+    "learner's MFU": ("mfu/learner", ".1%"),
 }
+RATE = {"learning rate": ("learning_rate", ".3g")}
 
 
 def status(run: str) -> dict[str, Any]:
@@ -41,8 +47,21 @@ def status(run: str) -> dict[str, Any]:
         "ended_by_guard": folder.guard_ended(),
         "images_dropped": int(sum(metrics["images_dropped"] for metrics in rounds)),
         "actor_restarts": int(sum(restarts)),
-        "last_round": {name: rounds[-1].get(name) for name, _ in SHOWN.values()} if rounds else {},
+        "last_round": {name: rounds[-1].get(name) for name, _ in _shown(recipe).values()} if rounds else {},
+        "bottleneck": _bottleneck(rounds, recipe),
     }
+
+
+def _shown(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """Return the metrics to show, with their form; the learning rate if it changes during the run."""
+    return SHOWN | (RATE if recipe.learner.rate_changes else {})
+
+
+def _bottleneck(rounds: list[dict[str, Any]], recipe: Recipe) -> str | None:
+    """Return the sentence that names the bottleneck on GPUs; None without them, or if rounds lack its metrics."""
+    roles = roles_of(recipe)
+    known = [values for values in rounds if all(values.get(name) is not None for name in NEEDED)]
+    return bottleneck(known, roles) if roles.gpus and known else None
 
 
 def in_words(known: dict[str, Any]) -> str:
@@ -60,6 +79,9 @@ def in_words(known: dict[str, Any]) -> str:
     if ended:
         lines["guard"] = f"version {ended['policy_version']}: {'; '.join(ended['alarms'])}"
     last = known["last_round"]
-    lines |= {name: format(last[key], form) for name, (key, form) in SHOWN.items() if last.get(key) is not None}
+    lines |= {
+        name: format(last[key], form) for name, (key, form) in (SHOWN | RATE).items() if last.get(key) is not None
+    }
+    lines |= {"bottleneck": known["bottleneck"]} if known["bottleneck"] else {}
     width = max(map(len, lines))
     return "\n".join([f"{known['run']}: {whose}", *(f"{name:<{width}}  {value}" for name, value in lines.items())])

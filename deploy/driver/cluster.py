@@ -61,7 +61,7 @@ def attach(**options: Any) -> None:
     try:
         if address != "auto":
             _probe(address)
-        ray.init(**options)
+        _init(**options)
     except (OSError, RuntimeError, ValueError) as error:
         ray.shutdown()
         raise ValueError(
@@ -75,17 +75,28 @@ def start_here(num_cpus: int) -> None:
     """Start a cluster on this machine.
 
     Raises:
-        ValueError: sockets or files of the cluster cannot be created.
+        ValueError: sockets or files of the cluster cannot be created, or its processes do not start in time.
     """
     check_temporary_folder()
     try:
-        ray.init(address=LOCAL, num_cpus=num_cpus, log_to_driver=True)
+        _init(address=LOCAL, num_cpus=num_cpus, log_to_driver=True)
     except (OSError, RuntimeError) as error:
         ray.shutdown()
         raise ValueError(
             f"Ray cannot be started on this machine: {first_line(error)}; its files are in "
-            f"{_temporary_folder()}/ray, and RAY_TMPDIR names another folder"
+            f"{_temporary_folder()}/ray, and RAY_TMPDIR names another folder; if processes did not start in time, try again "
+            "when the machine is less busy, or train with --serial, which needs no Ray"
         ) from error
+
+
+def _init(**options: Any) -> None:
+    """Call `ray.init`. Raise RuntimeError where Ray raises a bare Exception: its processes did not start in time."""
+    try:
+        ray.init(**options)
+    except Exception as error:  # noqa: BLE001
+        if type(error) is Exception:
+            raise RuntimeError(first_line(error)) from error
+        raise
 
 
 def check_temporary_folder() -> None:

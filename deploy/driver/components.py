@@ -1,30 +1,48 @@
 """From a recipe to its components: each one that it names, built and checked before anything heavy starts."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
 
 from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.actors.rewards.reward import Reward
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.policy import PolicyConfig
+from ray_ddpo.common.metrics.group_statistics import RewardRange, weighted_range
 from ray_ddpo.common.packages import require_packages
 from ray_ddpo.common.prompts import PROMPTS, PromptSource
+from ray_ddpo.common.recipe.bounds import default_values
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import Component, build
 from ray_ddpo.common.recipe.reward_pools import RewardPool, reward_pools
 from ray_ddpo.common.recipe.tables import ComponentTable, RewardTable
+from ray_ddpo.common.runtime import undisturbed
 from ray_ddpo.common.trackers import TRACKERS
 from ray_ddpo.common.trackers.tracker import Tracker
 from ray_ddpo.common.user_code.blame import call_if_own
+from ray_ddpo.deploy.driver.given_image_checks import check_given_images
+from ray_ddpo.deploy.driver.reward_gradients import check_reward_gradients
+from ray_ddpo.deploy.driver.sampling_checks import (
+    check_held_out_steps,
+    check_kl_reward,
+    check_replay,
+    check_saved_calls,
+    check_unguided,
+)
 from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.learner.algorithms.reward_aggregation import RewardAggregation
 from ray_ddpo.learner.optimization.optimizer import check_optimizer
+from ray_ddpo.learner.sharding_check import check_sharding
 
 SAMPLING = ("policy", "prompts")  # tables that each kind of command uses
 SCORING = (*SAMPLING, "reward")
 TRAINING = (*SCORING, "algorithm", "learner", "trackers")
+TRIED = 2  # prompts that a synthetic batch repeats
+_TRIAL = 12  # hashed with the run's seed, so that these prompts are independent of the rounds' prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +72,20 @@ class Components:
     algorithm: Algorithm
     trackers: dict[str, Tracker]
 
+    @property
+    def image_source(self) -> PromptSource | None:
+        """Return the prompt source if it gives images that samplers encode; None if they sample images."""
+        return self.prompts if self.prompts.gives_images else None
+
     def rewards_of(self, pool: RewardPool) -> dict[str, Reward]:
         """Return the rewards that a pool of reward workers holds."""
         return {name: (self.rewards | self.scorers)[name] for name in pool.rewards}
+
+    @property
+    def reward_range(self) -> RewardRange | None:
+        """The range of the weighted sum of the rewards; None if one of them has no bound."""
+        ranges = {name: reward.score_range for name, reward in self.rewards.items()}
+        return weighted_range(ranges, self.aggregation.weights)
 
     def by_place(self) -> dict[str, Component]:
         """Return every component by its place in the recipe."""
@@ -72,18 +101,21 @@ class Components:
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe's tables with every default filled in, those of the components too."""
-        tables = self.recipe.model_dump()
-        tables["policy"] |= self.policy.model_dump()
-        tables["prompts"] |= self.prompts.model_dump()
-        tables["algorithm"] |= self.algorithm.model_dump()
+        return self._tables(lambda model: model.model_dump())
+
+    def defaults(self) -> dict[str, Any]:
+        """Return the default of every key that has one, in the tables of `resolved`."""
+        return self._tables(default_values)
+
+    def _tables(self, values: Callable[[BaseModel], dict[str, Any]]) -> dict[str, Any]:
+        """Return the recipe's tables with those of its components, each as `values` gives it."""
+        tables = values(self.recipe)
+        for name in ("policy", "prompts", "algorithm"):
+            tables[name] = {**tables.get(name, {}), **values(getattr(self, name))}
         named = "rewards" if self.recipe.rewards else "reward"
-        rewards = [
-            {**table.model_dump(), **self.rewards[table.called].model_dump()} for table in self.recipe.all_rewards
-        ]
+        rewards = [{**values(table), **values(self.rewards[table.called])} for table in self.recipe.all_rewards]
         tables[named] = rewards if named == "rewards" else rewards[0]
-        tables["trackers"] = [
-            {**table.model_dump(), **self.trackers[table.name].model_dump()} for table in self.recipe.trackers
-        ]
+        tables["trackers"] = [{**values(table), **values(self.trackers[table.name])} for table in self.recipe.trackers]
         return tables
 
 
@@ -98,11 +130,15 @@ def build_components(recipe: Recipe, given: Given = NOTHING_GIVEN, used: Collect
     Raises:
         ValueError: a name or key is not known, or what a component needs is not there.
     """
-    components = components_of(recipe, given)
+    components = components_of(recipe, given, trains="learner" in used)
     check_packages(components, used)
     call_if_own(components.policy, POLICIES, "check")
     components.policy.lora_files()
-    call_if_own(components.prompts, PROMPTS, "load")
+    check_held_out_steps(recipe, components.policy)
+    if not components.prompts.gives_images:  # a preference file is read where a run starts: a plan needs none
+        call_if_own(components.prompts, PROMPTS, "load")
+    if components.algorithm.restarts_per_image is not None and "learner" in used:
+        components = replace(components, algorithm=with_reward_gradients(components))
     if "trackers" in used:
         for tracker in components.trackers.values():
             call_if_own(tracker, TRACKERS, "check")
@@ -122,8 +158,13 @@ def check_packages(components: Components, used: Collection[str] = TRAINING) -> 
         check_optimizer(components.recipe.learner)
 
 
-def components_of(recipe: Recipe, given: Given = NOTHING_GIVEN) -> Components:
+def components_of(recipe: Recipe, given: Given = NOTHING_GIVEN, trains: bool = True) -> Components:
     """Build every component that the recipe names, without a look at the files and packages that they need.
+
+    Args:
+        recipe: the recipe.
+        given: components that a Python program handed over.
+        trains: check what the learner alone needs of the recipe.
 
     Raises:
         ValueError: a name or key is not known, or the algorithm does not go with the rest.
@@ -131,10 +172,17 @@ def components_of(recipe: Recipe, given: Given = NOTHING_GIVEN) -> Components:
     algorithm: Algorithm = given.algorithm or build(ALGORITHMS, recipe.algorithm.table(), "algorithm", Algorithm)
     policy: PolicyConfig = given.policy or build(POLICIES, recipe.policy.table(), "policy", PolicyConfig)
     algorithm.check_columns(recipe)
-    algorithm.check(recipe, policy)
+    if trains:
+        algorithm.check(recipe, policy)
+    check_sharding(recipe, policy)
     aggregation = RewardAggregation.of(recipe)
     aggregation.check(algorithm)
     policy.check_sampling(recipe.sampling)
+    check_saved_calls(recipe, policy, algorithm)
+    check_kl_reward(recipe, policy)
+    check_unguided(policy, algorithm)
+    if trains:
+        check_replay(recipe, algorithm)
     algorithm.check_micro_batches(recipe, policy.stochastic_steps(recipe.sampling))
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:
@@ -142,16 +190,28 @@ def components_of(recipe: Recipe, given: Given = NOTHING_GIVEN) -> Components:
     rewards = {table.called: given.rewards.get(table.called) or build_reward(table) for table in recipe.all_rewards}
     scorers = {table.called: build_reward(table) for table in recipe.evaluation.scorers}
     _check_caches(recipe, rewards)
+    if trains:  # the gradient passes through the rewards that are trained on, not through those of an evaluation
+        check_reward_gradients(recipe, algorithm, rewards)
+    prompts: PromptSource = given.prompts or build(PROMPTS, recipe.prompts.table(), "prompts", PromptSource)
+    check_given_images(recipe, policy, prompts, algorithm, rewards)
     return Components(
         recipe,
         policy,
-        given.prompts or build(PROMPTS, recipe.prompts.table(), "prompts", PromptSource),
+        prompts,
         rewards,
         scorers,
         aggregation,
         algorithm,
         {**trackers, **given.trackers},
     )
+
+
+def with_reward_gradients(components: Components) -> Algorithm:
+    """Hand the rewards that are trained on to the algorithm, which evaluates them with gradients."""
+    recipe, sample = components.recipe, call_if_own(components.prompts, PROMPTS, "load")
+    with undisturbed():
+        prompts = [sample(np.random.default_rng([recipe.seed, _TRIAL, number])) for number in range(TRIED)]
+    return components.algorithm.with_rewards(recipe, components.rewards, prompts)
 
 
 def _check_caches(recipe: Recipe, rewards: dict[str, Reward]) -> None:

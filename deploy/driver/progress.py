@@ -3,14 +3,18 @@
 import dataclasses
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ray_ddpo.common.base_parts import Base, as_tables
+from ray_ddpo.common.diffusion.network_calls import calls_per_image
+from ray_ddpo.common.group_spread import Refill
 from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.metrics.diagnoses import CollapseWatch, bottleneck
-from ray_ddpo.common.metrics.round_metrics import RoundClock, memory_now, reward_metrics, round_metrics
+from ray_ddpo.common.metrics.mfu import mfu_metrics
+from ray_ddpo.common.metrics.round_metrics import RoundClock, memory_now, refill_metrics, reward_metrics, round_metrics
 from ray_ddpo.common.print_line import print_line
-from ray_ddpo.common.recipe.reward_pools import reward_pools
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import StorageError
@@ -18,8 +22,10 @@ from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trajectory import Rollout, Scored, TrainBatch, whole_round
 from ray_ddpo.deploy.driver.cluster import has_cores_to_overlap
 from ray_ddpo.deploy.driver.components import Components
+from ray_ddpo.deploy.driver.gpu_layout import roles_of
 from ray_ddpo.deploy.driver.numerics_notes import NumericsNotes
 from ray_ddpo.deploy.driver.round_media import first_images, round_media
+from ray_ddpo.deploy.driver.round_work import ImageWork
 from ray_ddpo.deploy.driver.workers import Workers
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
@@ -54,16 +60,21 @@ class RunProgress:
         self.evaluating = evaluating
         self._base = base
         started = recipe.start_from.model_dump() if recipe.start_from else None
-        about = {"base": as_tables(base), "start_from": started}
+        about: dict[str, Any] = {"base": as_tables(base), "start_from": started}
+        if recipe.sampling.shared_prefix:
+            about["shared_prefix"] = True
         self._ledger = Ledger(folder.storage, recipe.rollouts, about, folder.unwritten)
         self._done: Checkpoint | None = None  # after the last complete round of this start
         self._starts_trained = checkpoint is not None
+        attempts = components.algorithm.refill_attempts
+        self._refill = Refill.of(recipe, attempts) if attempts else None
         self.buffer = RoundBuffer(
             components.algorithm,
             components.aggregation,
             recipe.prompts.images_per_prompt,
             recipe.reward_workers.max_dropped,
             recipe.learner.parts_per_round,
+            self._refill,
         )
         groups = recipe.images_per_round // recipe.prompts.images_per_prompt
         self.collapse = CollapseWatch(groups, recipe.learner.learning_rate)
@@ -102,9 +113,15 @@ class RunProgress:
         weights, floors = self._components.aggregation.weights, self._components.aggregation.floors
         self._ledger.write_round(batch, rollouts, weights, there if len(there) == len(rollouts) else None)
         per_prompt = recipe.prompts.images_per_prompt
-        values = reward_metrics(batch, rollouts, weights, floors, per_prompt) | learned
+        possible = self._components.reward_range
+        values = reward_metrics(batch, rollouts, weights, floors, per_prompt, possible) | learned
+        values |= refill_metrics(self._refill, rollouts) if self._refill else {}
         memory = memory_now(self._done.learner.weights[-1].buffer.nbytes)
         metrics = round_metrics(batch.round, rollouts, values, clock, stream.report(), memory)
+        left_out = set(batch.dropped)
+        if self._refill:
+            left_out |= set(np.flatnonzero(~self._refill.trained_images(rollouts)).tolist())
+        metrics |= self._utilization(rollouts, len(left_out), learned["seconds/learn"], workers.work)
         try:
             self._show(batch, rollouts, workers)
             began = time.monotonic()
@@ -115,8 +132,21 @@ class RunProgress:
             self._trackers.log(metrics)
         if says := self.collapse.add(batch.round, metrics["reward/mean"], metrics["reward/std"]):
             print_line(says)
+        if says := self._components.algorithm.remark(batch.round, learned):
+            print_line(says)
         due = self.rounds_done % recipe.checkpoint.every == 0 or self.rounds_done == recipe.rounds
         self._settle(due or self.evaluating.is_over or self._failed_rounds > 0)
+
+    def _utilization(
+        self, rollouts: list[Rollout], left_out: int, learn_seconds: float, work: ImageWork | None
+    ) -> Metrics:
+        """Return the round's MFU; nothing if the network cannot be counted."""
+        if work is None or self._done is None:
+            return {}
+        machine = self._done.learner.machine
+        rank_rate = (machine.matrix_rate if machine else 0.0, self._components.recipe.learner.world_size)
+        calls = calls_per_image(self._components.recipe, rollouts[0].report.task.window)  # a round has one window
+        return mfu_metrics(rollouts, left_out, (work.sampling_with(calls), work.learning), learn_seconds, rank_rate)
 
     def _settle(self, due: bool) -> None:
         """Write data that the storage refused before, and a checkpoint if one is due.
@@ -160,11 +190,9 @@ class RunProgress:
         if serial:
             return "one process (--serial): sampling, scoring and learning take turns, so there is nothing to overlap"
         recipe = self._components.recipe
-        scoring = sum(pool.table.count for pool in reward_pools(recipe))
-        can_overlap = has_cores_to_overlap(recipe)
-        return bottleneck(
-            list(self.metrics), recipe.max_policy_lag, recipe.samplers.count, scoring, can_overlap=can_overlap
-        )
+        stochastic = self._components.policy.stochastic_steps(recipe.sampling)
+        transitions = self._components.algorithm.transitions_per_image(recipe, stochastic)
+        return bottleneck(list(self.metrics), roles_of(recipe, transitions), has_cores_to_overlap(recipe))
 
     def flush(self) -> None:
         """Write data that the storage refused before."""

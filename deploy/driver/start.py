@@ -11,6 +11,7 @@ from ray_ddpo.common.run_storage.run_code import save_code
 from ray_ddpo.common.run_storage.run_folder import BASE_FILE, RunFolder
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.driver.start_from import EarlierRun, earlier_run
+from ray_ddpo.deploy.driver.warmup_note import warmup_note
 from ray_ddpo.learner.checkpoints.checkpoint import (
     Checkpoint,
     committed_checkpoints,
@@ -43,6 +44,9 @@ def start_of(folder: RunFolder, components: Components, resume: bool) -> Start:
     Raises:
         ValueError: the run cannot start in this folder, with this recipe or prompts, or from this earlier run.
     """
+    if note := warmup_note(components):
+        print_line(f"note: {note}")
+    components.prompts.check()
     if folder.storage.exists(folder.recipe):
         return _resumed(folder, components, resume)
     _refuse_a_run_without_recipe(folder)
@@ -88,7 +92,7 @@ def _resumed(folder: RunFolder, components: Components, resume: bool) -> Start:
     if resume:
         before = folder.recipe_tables().get("start_from")
         components = _starting_from(components, _same_start(folder, before, components.recipe.start_from))
-    checkpoint = resume_point(folder, components.resolved(), resume, set(_places(components)))
+    checkpoint = resume_point(folder, components.resolved(), resume, set(_places(components)), components.defaults())
     if checkpoint is None:
         _refuse_damaged_checkpoints(folder)
     known = folder.base()

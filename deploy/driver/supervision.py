@@ -150,7 +150,7 @@ class Supervision:
         tables = elastic_roles(self._recipe)
         try:
             asked = self._folder.asked()
-            wrong = [why for role, count in asked.items() if (why := refused(tables, role, count))]
+            wrong = [why for role, count in asked.items() if (why := refused(self._recipe, role, count))]
         except ValueError as error:
             asked, wrong = {}, [str(error)]
         if wrong:

@@ -30,16 +30,21 @@ from ray_ddpo.common.schedule import Task
 from ray_ddpo.common.user_code.blame import blamed
 from ray_ddpo.deploy.driver.cluster import attach, attaches, start_here
 from ray_ddpo.deploy.driver.cluster_watch import ClusterWatch
+from ray_ddpo.deploy.driver.colocated_pairs import Options, Pairs, refuse_too_many_pairs
 from ray_ddpo.deploy.driver.components import Components
+from ray_ddpo.deploy.driver.gpu_layout import gpus_of
 from ray_ddpo.deploy.driver.reaper import start_reaper
+from ray_ddpo.deploy.driver.reward_prompts import check_rewards_prompts
 from ray_ddpo.deploy.driver.role_actor import RoleSetting, role_actor
 from ray_ddpo.deploy.driver.role_output import DeathLines, RoleOutput
+from ray_ddpo.deploy.driver.round_work import ImageWork, counted_work
 from ray_ddpo.deploy.driver.supervision import Supervision, sheltered_from_hangup
 from ray_ddpo.deploy.driver.trial_prompts import checked_prompts, trial_prompts
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.learner_group import LearnerGroup, SerialLearnerGroup
 from ray_ddpo.learner.process_group import process_groups
 from ray_ddpo.learner.ray_learner_group import RayLearnerGroup
+from ray_ddpo.learner.sharding.layout import shards_weights
 
 SAMPLER_SECONDS = 10.0  # after a learner failed to start: wait for a sampler that may fail with the same error
 
@@ -53,6 +58,8 @@ class Workers:
     pools: tuple[WorkerPool, ...] = ()
     reporters: tuple[DeathLines | RoleOutput, ...] = ()
     supervision: Supervision | None = None
+    pairs: Pairs | None = None
+    work: ImageWork | None = None  # operations per image; None: the family cannot be counted
 
     def submit(self, tasks: list[Task]) -> None:
         """Submit a round's tasks with the weights of the version that they are sampled with."""
@@ -68,6 +75,8 @@ class Workers:
         self.learner.close()
         for pool in self.pools:
             pool.close()
+        if self.pairs is not None:
+            self.pairs.close()
         for each in self.reporters:
             each.close()
 
@@ -85,15 +94,19 @@ def serial_workers(components: Components, supervision: Supervision, base: Loade
             "or give --learner.world_size 1"
         )
     tried_on = trial_prompts(components)
+    check_rewards_prompts(components)
     with starting("sampler"):
-        sampler = Sampler(components.policy, recipe.sampling, recipe.runtime, tried_on, checked_prompts(components))
+        checked = checked_prompts(components)
+        sampler = Sampler(
+            components.policy, recipe.sampling, recipe.runtime, tried_on, checked, components.image_source
+        )
     pools = tuple(_serial_pool(components, pool, base) for pool in all_pools(recipe))
     with starting("learner"):
         learner = Learner(components.policy, components.algorithm, recipe)
     base.take("learner", learner.loaded_parts())
     base.take("sampler", sampler.loaded_parts())
     stream = SerialRolloutStream(sampler, pools, _settings(recipe, supervision))
-    return Workers(stream, SerialLearnerGroup(learner))
+    return Workers(stream, SerialLearnerGroup(learner), work=counted_work(components))
 
 
 def _serial_pool(components: Components, pool: RewardPool, base: LoadedBase) -> SerialPool:
@@ -116,6 +129,7 @@ def ray_workers(components: Components, supervision: Supervision, base: LoadedBa
     """
     recipe = components.recipe
     trial_prompts(components)  # so that a faulty prompt source is found before any process starts
+    check_rewards_prompts(components)
     _refuse_what_cannot_travel(components)
     output = RoleOutput(RunFolder(recipe.run_path()).logs)
     connect(recipe, output)
@@ -126,26 +140,40 @@ def ray_workers(components: Components, supervision: Supervision, base: LoadedBa
         _refuse_too_large_role(role, table)
     _refuse_too_many_gpus(recipe)
     budget, lines = RestartBudget(recipe.runtime.max_restarts), DeathLines(output)
+    pairs = _placed_pairs(recipe, supervision)
     # The learner starts first: on a cluster that is too small for all roles, it must get its resources.
-    make_learner = _learner_maker(components)
+    make_learner = _learner_maker(components, pairs)
     learner_actors = make_learner()
     scoring = tuple(_reward_workers(components, pool, budget, lines) for pool in all_pools(recipe))
-    pools = Pools(_samplers(components, budget, lines), scoring, budget)
+    pools = Pools(_samplers(components, budget, lines, pairs), scoring, budget)
     for pool in pools.all:
         pool.on_loaded = base.take
     stream = RayRolloutStream(pools, _settings(recipe, supervision))
     on_death = functools.partial(_learner_died, budget, lines)
+    shards = shards_weights(recipe.learner)
     learner = RayLearnerGroup(
-        learner_actors, make_learner, stream.keep_busy_until_ready, on_death, recipe.max_policy_lag
+        learner_actors, make_learner, stream.keep_busy_until_ready, on_death, recipe.kept_lag, shards
     )
     learner.on_loaded = base.take
-    workers = Workers(stream, learner, pools.all, (lines, output), supervision)
+    learner.turn = stream.learner_turn if pairs else None
+    work = counted_work(components)  # while the actors load
+    workers = Workers(stream, learner, pools.all, (lines, output), supervision, pairs, work)
     with contextlib.ExitStack() as unless_loaded:
         unless_loaded.callback(workers.close)
         _wait_until_loaded(recipe, stream, learner)
         unless_loaded.pop_all()
     supervision.on_scale = {pool.name: pool.scale for pool in pools.all}
     return workers
+
+
+def _placed_pairs(recipe: Recipe, supervision: Supervision) -> Pairs | None:
+    """Find GPUs for pairs of a learner rank and a sampler, if the recipe wants them. ValueError: there are none."""
+    if not recipe.learner.colocated:
+        return None
+    refuse_too_many_pairs(recipe)
+    pairs = Pairs(recipe)
+    pairs.wait(recipe.runtime.ready_seconds, supervision.check)
+    return pairs
 
 
 def _wait_until_loaded(recipe: Recipe, stream: RayRolloutStream, learner: RayLearnerGroup) -> None:
@@ -166,19 +194,22 @@ def _learner_died(budget: RestartBudget, lines: DeathLines, death: Death) -> Non
     budget.spend("learner", in_one_line(death.reason), LOADS_TRIED if death.at == LOADING else None)
 
 
-def _samplers(components: Components, budget: RestartBudget, lines: DeathLines) -> WorkerPool:
-    """Create the pool of samplers. Only the first reports truncated prompts."""
+def _samplers(
+    components: Components, budget: RestartBudget, lines: DeathLines, pairs: Pairs | None = None
+) -> WorkerPool:
+    """Create the pool of samplers. Only the first reports truncated prompts. With `pairs`, each is beside a rank."""
     table, recipe = components.recipe.samplers, components.recipe
     arguments = (components.policy, recipe.sampling, recipe.runtime, trial_prompts(components))
     make_first, make_other = (
-        _maker(Sampler, "sampler", table, recipe, given)
-        for given in ((*arguments, checked_prompts(components)), arguments)
+        _maker(Sampler, "sampler", table, recipe, (*arguments, checked, components.image_source))
+        for checked in (checked_prompts(components), ())
     )
 
     def make(number: int) -> Any:
-        return (make_other if number else make_first)(number)
+        return (make_other if number else make_first)(number, pairs.of_sampler(number) if pairs else None)
 
-    return _reporting(lines, "sampler", WorkerPool("samplers", "sampler", make, table.count, budget))
+    on_gone = pairs.free if pairs else lambda number: None
+    return _reporting(lines, "sampler", WorkerPool("samplers", "sampler", make, table.count, budget, on_gone))
 
 
 def _reward_workers(components: Components, pool: RewardPool, budget: RestartBudget, lines: DeathLines) -> ScoringPool:
@@ -238,8 +269,8 @@ def place_options(table: RoleTable) -> dict[str, Any]:
 
 def _maker(
     cls: type, name: str, table: RoleTable, recipe: Recipe, arguments: tuple[Any, ...], role: str | None = None
-) -> Callable[[int], Any]:
-    """Return a function that starts an actor of a role by number.
+) -> Callable[..., Any]:
+    """Return a function that starts an actor of a role by number, with further options of Ray if any are given.
 
     The driver owns the actor, which ends with the driver. Every actor states its resources, so that an autoscaler knows
     which resources are missing.
@@ -258,21 +289,22 @@ def _maker(
     remote, given = ray.remote(**options)(role_actor(cls)), ray.put(arguments)
     path, sees_gpus = f"{cls.__module__}:{cls.__qualname__}", table.num_gpus > 0
 
-    def make(number: int) -> Any:
+    def make(number: int, options: Options | None = None) -> Any:
         setting = RoleSetting(f"{name}-{number}", role or name, path, sees_gpus)
-        return remote.options(name=f"{recipe.name}/{name}-{number}").remote(setting, [given])
+        return remote.options(name=f"{recipe.name}/{name}-{number}", **(options or {})).remote(setting, [given])
 
     return make
 
 
-def _learner_maker(components: Components) -> Callable[[], list[Any]]:
+def _learner_maker(components: Components, pairs: Pairs | None) -> Callable[[], list[Any]]:
     """Return a function that starts all ranks of the learner, rank 0 first. Restarted ranks get new numbers."""
     recipe, numbers, makers = components.recipe, itertools.count(), []
     for ranks in process_groups(recipe):
         role = f"learner {ranks}" if ranks.world_size > 1 else "learner"
         arguments = (components.policy, components.algorithm, recipe, ranks)
         makers.append(_maker(Learner, "learner", recipe.learner, recipe, arguments, role))
-    return lambda: [make(next(numbers)) for make in makers]
+    places = [pairs.of_rank(rank) if pairs else None for rank in range(len(makers))]
+    return lambda: [make(next(numbers), place) for make, place in zip(makers, places, strict=True)]
 
 
 def _refuse_what_cannot_travel(components: Components) -> None:
@@ -314,10 +346,11 @@ def _refuse_too_many_gpus(recipe: Recipe) -> None:
     have = ray.cluster_resources().get("GPU", 0)
     asked = {"learner": recipe.learner.num_gpus * recipe.learner.world_size}
     asked |= {role: table.num_gpus * table.count for role, table in elastic_roles(recipe).items()}
-    total = sum(asked.values())
-    if total > have + 1e-9 and not attaches():
+    total, needed = sum(asked.values()), gpus_of(recipe)
+    if max(total, needed) > have + 1e-9 and not attaches():
         parts = " + ".join(f"{role} {gpus:g}" for role, gpus in asked.items() if gpus)
+        whole = f", which fit on {needed}" if needed > total + 1e-9 else ""
         raise ValueError(
-            f"all roles ask for {total:g} GPUs = {parts}, and there are {have:g}: lower samplers.count or a role's "
+            f"all roles ask for {total:g} GPUs = {parts}{whole}, and there are {have:g}: lower samplers.count or a role's "
             "num_gpus, or set RAY_ADDRESS to a cluster that is large enough"
         )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from ray_ddpo.actors.evaluation.eval_set import EvalSet, build_eval_set, sample_
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.diffusion.policy import Policy
+from ray_ddpo.common.metrics.group_statistics import RewardRange, saturation
 from ray_ddpo.common.metrics.statistics import paired_change
 from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.prompts import Prompt
@@ -38,6 +39,7 @@ class EvalResult:
     scores: dict[str, np.ndarray]  # by reward and scorer, [N]; NaN if an image has no score
     pixels: UInt8[np.ndarray, "N H W 3"]
     without_image: frozenset[int] = frozenset()  # rows that could not be sampled; their pixels are black
+    usage: dict[str, float] = field(default_factory=dict)  # what scoring cost, by reward and count
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class EvalScorer:
     def __init__(self, components: Components) -> None:
         recipe = components.recipe
         self.chosen = build_eval_set(recipe.evaluation, components.prompts)
-        self._sampling = recipe.sampling
+        self._sampling = recipe.held_out_sampling
         self._worker = RewardWorker(components.rewards | components.scorers, recipe.reward_workers, recipe.runtime)
         self._weights = components.aggregation.weights
 
@@ -102,6 +104,8 @@ def eval_identity(recipe: Recipe, chosen: EvalSet) -> str:
     table = recipe.evaluation
     scorers = [scorer.model_dump(exclude={"workers"}) for scorer in table.scorers]
     sampled = [[prompt.text for prompt in chosen.prompts], list(chosen.seeds), table.batch_size, table.ema_decay]
+    if table.own_sampling:
+        sampled.append(table.own_sampling)
     if any(prompt.metadata for prompt in chosen.prompts):
         sampled.append([prompt.metadata for prompt in chosen.prompts])
     return hashlib.sha256(json.dumps([sampled, scorers], sort_keys=True).encode()).hexdigest()[:16]
@@ -113,6 +117,7 @@ def judge(
     variants: dict[str, EvalResult],
     images: dict[str, float],
     base: JudgedVersion | None,
+    possible: RewardRange | None = None,
 ) -> tuple[JudgedVersion, LogEntry]:
     """Judge a version against the pretrained model.
 
@@ -122,11 +127,14 @@ def judge(
         variants: its results: "current", and "average" if the recipe keeps a moving average.
         images: its image statistics.
         base: the pretrained model; None if this version is the pretrained model itself.
+        possible: the range of the weighted sum of the rewards, if they are bounded.
 
     Returns:
         The version with its alarms, and its entry for evaluations.jsonl.
     """
-    stats = VersionStats(variants["current"].scores, images, version.kl_reference_nats)
+    scores = variants["current"].scores
+    saturated = saturation(scores[WEIGHTED_SUM], possible) if possible else None
+    stats = VersionStats(scores, images, version.kl_reference_nats, saturated)
     scorers = [table.called for table in recipe.evaluation.scorers]
     found = tuple(alarms(base.stats, stats, scorers, recipe.guard)) if base else ()
     entry = {
@@ -135,6 +143,7 @@ def judge(
         "scores": {name: _score_entry((base.stats if base else stats).scores, name, variants) for name in stats.scores},
         "image_statistics": images,
         "kl_reference_nats": version.kl_reference_nats,
+        "saturation": saturated,
         "alarms": [{"about": alarm.about, "says": alarm.says} for alarm in found],
     }
     return JudgedVersion(version.policy_version, stats, found), entry
@@ -153,7 +162,8 @@ def judged_from_log(entry: LogEntry, scores: dict[str, np.ndarray]) -> JudgedVer
     """Restore an evaluated version from its entry in evaluations.jsonl and its images' scores."""
     images = {name: math.nan if value is None else value for name, value in entry["image_statistics"].items()}
     found = tuple(Alarm(alarm["about"], alarm["says"]) for alarm in entry["alarms"])
-    return JudgedVersion(entry["policy_version"], VersionStats(scores, images, entry["kl_reference_nats"]), found)
+    stats = VersionStats(scores, images, entry["kl_reference_nats"], entry.get("saturation"))
+    return JudgedVersion(entry["policy_version"], stats, found)
 
 
 def eval_metrics(entry: LogEntry) -> dict[str, float]:
@@ -162,6 +172,8 @@ def eval_metrics(entry: LogEntry) -> dict[str, float]:
     for name, values in entry["scores"].items():
         metrics |= {f"evaluation/{name}/{statistic}": value for statistic, value in values.items()}
     metrics |= {f"evaluation/images/{name}": value for name, value in entry["image_statistics"].items()}
+    if entry.get("saturation") is not None:
+        metrics["evaluation/saturation"] = entry["saturation"]
     metrics["guard/alarms"] = float(len(entry["alarms"]))
     if entry["best_version"] is not None:
         metrics["guard/best_version"] = float(entry["best_version"])

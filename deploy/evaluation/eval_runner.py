@@ -21,6 +21,7 @@ from ray_ddpo.common.run_storage.run_folder import BEST, GUARD, WEIGHTS, RunFold
 from ray_ddpo.common.schedule import Stream, Task
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trackers.media import CaptionedImage, Media, ShownTable
+from ray_ddpo.common.trajectory import summed_usage
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.driver.workers import Workers
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
@@ -125,7 +126,7 @@ class EvalRunner:
             variants = {}
             for variant, weights in {"current": version.current, "average": version.average}.items():
                 if weights is not None:
-                    sampling = self._components.recipe.sampling
+                    sampling = self._components.recipe.held_out_sampling
                     tasks = self._eval_set.tasks(version.policy_version, round_index, first, sampling)
                     variants[variant] = (weights, tasks)
                     first += self._eval_set.num_tasks
@@ -176,7 +177,9 @@ class EvalRunner:
         rows = [row for row in range(len(current.seeds)) if row not in current.without_image]
         summary = image_summary(current.pixels[rows], [self._eval_set.prompts[row].text for row in rows])
         base = self._judged[0] if self._judged else None
-        judged, entry = judge(self._components.recipe, pending.version, variants, summary, base)
+        judged, entry = judge(
+            self._components.recipe, pending.version, variants, summary, base, self._components.reward_range
+        )
         self._judged.append(judged)
         for alarm in judged.alarms:
             print_line(f"guard: version {judged.policy_version}: {alarm.says}")
@@ -185,7 +188,8 @@ class EvalRunner:
         self._log.write(entry, variants, self._table.saved_images)
         reward_before = self._judged[0].stats.scores[WEIGHTED_SUM]
         self._trackers.show(eval_media(round_index, current, self._log.images(0), reward_before))
-        return eval_metrics(entry)
+        usage = summed_usage([result.usage for result in variants.values()])
+        return eval_metrics(entry) | {f"evaluation/{name}": value for name, value in usage.items()}
 
     def _collected(self, pending: _PendingVersion) -> dict[str, EvalResult]:
         """Return a version's results by variant. Images that were lost with their node are sampled again."""
@@ -212,7 +216,9 @@ class EvalRunner:
         reports = [rollout.report for rollout in rollouts]
         missing = [row in report.dropped for report in reports for row in range(len(report.task.seeds))]
         without_image = frozenset(row for row, is_missing in enumerate(missing) if is_missing)
-        return EvalResult(self._eval_set.prompts, self._eval_set.seeds, scores, np.concatenate(pixels), without_image)
+        usage = summed_usage([rollout.scores.usage for rollout in rollouts])
+        pixels_of_all = np.concatenate(pixels)
+        return EvalResult(self._eval_set.prompts, self._eval_set.seeds, scores, pixels_of_all, without_image, usage)
 
 
 class BestWeights:

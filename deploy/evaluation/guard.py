@@ -16,7 +16,12 @@ from jaxtyping import Float
 from ray_ddpo.common.metrics.statistics import paired_change
 from ray_ddpo.common.recipe.tables import GuardTable
 
-SHARES = ("sharpness", "entropy", "diversity")  # statistics that must keep a share of their value, and recipe keys
+SHARES = (
+    "edge_density",
+    "sharpness",
+    "entropy",
+    "diversity",
+)  # statistics that must keep a share of their value, and recipe keys
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class VersionStats:
     scores: dict[str, Float[np.ndarray, "N"]]  # by reward and scorer; NaN if an image has no score
     images: dict[str, float]  # means over the images: dark_share, and those of SHARES
     kl_reference_nats: float | None = None  # of a denoising step, to the pretrained model; None: not measured
+    saturation: float | None = None  # share of the images with the best possible reward; None: it has no bound
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,16 @@ def alarms(base: VersionStats, now: VersionStats, scorers: list[str], settings: 
         says = f"{after:.0%} of the pixels are nearly black, and {before:.0%} were"
         yield Alarm("dark_share", f"{says}: {settings.dark_share:.0%} more are allowed")
     for name in SHARES:
-        before, after, limit = base.images[name], now.images[name], getattr(settings, name)
+        # An evaluation by an earlier version of the program may lack a statistic.
+        before, after = base.images.get(name, math.nan), now.images.get(name, math.nan)
+        limit = getattr(settings, name)
         if after < limit * before:  # false if either is NaN
             left = f"{after / before:.0%} of it is left, under {limit:.0%}"
             yield Alarm(name, f"{name} is {after:.3g} and was {before:.3g}: {left}")
+    best = now.saturation
+    if settings.saturation and best is not None and best >= settings.saturation > (base.saturation or 0.0):
+        says = f"{best:.0%} of the images have the best possible reward, and {base.saturation or 0.0:.0%} had"
+        yield Alarm("saturation", f"{says}: from {settings.saturation:.0%} on, little is left to learn from groups")
     kl, limit = now.kl_reference_nats, settings.max_kl_nats
     if kl is not None and limit is not None and kl > limit:
         yield Alarm("kl", f"the policy is {kl:.3g} nats a step from the pretrained model, over {limit:g}")

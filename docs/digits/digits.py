@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from digits_policy import DIGITS, DigitsPolicy, call_network, images_of
@@ -20,6 +20,9 @@ from ray_ddpo.common.recipe.tables import SamplingTable
 
 class Digits(PolicyConfig):
     """`model`: a folder with a network, as `pretrain_digits.py` writes it."""
+
+    takes_other_steps: ClassVar[bool] = True
+    takes_sde: ClassVar[bool] = True
 
     lora: LoraSettings = LoraSettings(rank=8, alpha=8, target_modules=("to_q", "to_k", "to_v", "to_out"))
     zoom: int = Field(default=4, ge=1)  # pixels of an image, along a side, for one of the network's

@@ -14,7 +14,7 @@ from ray_ddpo.common.diffusion.guidance import guided
 from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters
 from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.policy import Conditioning, Policy, Role
-from ray_ddpo.common.diffusion.schedulers.flow_match import flow_match_table
+from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
 from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained
 from ray_ddpo.common.diffusion.transition import Transition
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -61,7 +61,7 @@ class DigitsPolicy(Policy):
         self.merged = MergedAdapters(self.network) if config.merge_adapters and role != "learner" else None
         self.guidance_scale = config.guidance(sampling)
         self.num_steps = sampling.num_steps
-        self.steps = flow_match_table({}, sampling.num_steps, sampling.eta, 1, evenly_spaced=True).to(device)
+        self.steps = self.denoising_steps(sampling)
         self.num_train_timesteps = self.steps.num_train_timesteps
         self.latent_shape = config.latent_shape
         self._compiled: CompiledNetwork | None = None
@@ -82,6 +82,15 @@ class DigitsPolicy(Policy):
     def initial_latents(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return noise
 
+    def denoising_steps(self, sampling: SamplingTable) -> FlowMatchTable:
+        table = flow_match_table({}, sampling.num_steps, sampling.eta, 1, evenly_spaced=True, sde=sampling.sde)
+        return table.to(self.device)
+
+    def predict(
+        self, latents: Float[Tensor, "B C H W"], timesteps: Tensor, conditioning: Conditioning
+    ) -> Float[Tensor, "B C H W"]:
+        return guided(self._predict, latents.float(), timesteps, conditioning, self.guidance_scale)
+
     def transition(
         self,
         latents: Float[Tensor, "B C H W"],
@@ -89,7 +98,7 @@ class DigitsPolicy(Policy):
         conditioning: Conditioning,
         stochastic: bool = True,
     ) -> Transition:
-        velocity = self._velocity(latents.float(), self.steps.timesteps[steps], conditioning)
+        velocity = self.predict(latents, self.steps.timesteps[steps], conditioning)
         return self.steps.transition(latents, velocity, steps, stochastic)
 
     def denoise(
@@ -100,10 +109,7 @@ class DigitsPolicy(Policy):
         conditioning: Conditioning,
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
         noised, timestep_input, target = self.steps.add_noise(clean_latents.float(), noise, timesteps)
-        return self._velocity(noised, timestep_input, conditioning), target
-
-    def _velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        return guided(self._predict, latents, timesteps, conditioning, self.guidance_scale)
+        return self.predict(noised, timestep_input, conditioning), target
 
     def _predict(self, latents: Tensor, timesteps: Tensor, rows: Conditioning) -> Tensor:
         if self._compiled:

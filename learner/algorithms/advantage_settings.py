@@ -26,8 +26,8 @@ class AdvantageSettings(Component):
     """Last rewards of each prompt that `per_prompt` keeps."""
     min_count: int = Field(default=16, ge=1)
     """Rewards of a prompt below which `per_prompt` uses the mean and deviation of the whole round."""
-    group_deviation: Literal["group", "round"] = "group"
-    """Standard deviation that `group` divides by: the group's own, or the round's."""
+    group_deviation: Literal["group", "round", "none"] = "group"
+    """Standard deviation that `group` divides by: the group's own, the round's, or none (GARDO; Dr. GRPO)."""
 
     @model_validator(mode="after")
     def _buffer_holds_min_count(self) -> "AdvantageSettings":

@@ -1,5 +1,7 @@
 """Advantages and weights from rewards, as pure functions with explicit state."""
 
+from typing import Literal
+
 import numpy as np
 from jaxtyping import Float
 
@@ -10,6 +12,8 @@ PromptStatistics = dict[str, tuple[float, ...]]  # the last rewards of each prom
 ROUND_EPSILON = 1e-8  # ddpo-pytorch and TRL, without tracking
 PROMPT_EPSILON = 1e-6  # the same, with per-prompt tracking
 GROUP_EPSILON = 1e-4  # Flow-GRPO
+
+AdvantageMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]  # DiffusionNFT's
 
 
 def mean_and_std(values: Float[np.ndarray, "... N"]) -> tuple[Float[np.ndarray, "... 1"], Float[np.ndarray, "... 1"]]:
@@ -62,11 +66,13 @@ def group_advantages(rewards: Float[np.ndarray, "N"], images_per_prompt: int, de
 
     Args:
         images_per_prompt: images of a group. A group's images are neighbors.
-        deviation: "group" or "round", whose standard deviation divides.
+        deviation: "group" or "round", whose standard deviation divides; "none": nothing divides.
     """
     rewards = rewards.astype(np.float64)
     groups = rewards.reshape(-1, images_per_prompt)
     mean, std = mean_and_std(groups)
+    if deviation == "none":
+        return (groups - mean).ravel()
     return ((groups - mean) / ((std if deviation == "group" else rewards.std()) + GROUP_EPSILON)).ravel()
 
 
@@ -127,6 +133,20 @@ def sparse_weights(
     return (rewards.astype(np.float64) >= bars).astype(np.float64)
 
 
-def optimality(advantages: Float[np.ndarray, "N"], clip: float) -> Float[np.ndarray, "N"]:
-    """Return r = 1/2 + 1/2 clip(A / `clip`, −1, 1): 0 for the worst image, 1 for the best (DiffusionNFT)."""
-    return 0.5 + 0.5 * (advantages / clip).clip(-1, 1)
+def optimality(advantages: Float[np.ndarray, "N"], clip: float, mode: AdvantageMode = "all") -> Float[np.ndarray, "N"]:
+    """Return r = 1/2 + 1/2 clip(A / `clip`, −1, 1): 0 for the worst image, 1 for the best (DiffusionNFT).
+
+    Args:
+        mode: the authors' `adv_mode`. Advantages are first clamped to 0 … `clip` ("positive_only") or −`clip` … 0
+            ("negative_only"), or replaced by 1 if above 0 and else 0 ("one_only"), or by their sign ("binary").
+    """
+    chosen = advantages.clip(-clip, clip)
+    if mode == "positive_only":
+        chosen = chosen.clip(0, None)
+    elif mode == "negative_only":
+        chosen = chosen.clip(None, 0)
+    elif mode == "one_only":
+        chosen = (chosen > 0).astype(chosen.dtype)
+    elif mode == "binary":
+        chosen = np.sign(chosen)
+    return 0.5 + 0.5 * (chosen / clip).clip(-1, 1)

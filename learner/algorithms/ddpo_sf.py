@@ -17,7 +17,7 @@ class DDPOScoreFunction(PolicyGradient):
 
     def check(self, recipe: Recipe, policy: PolicyConfig) -> None:
         super().check(recipe, policy)
-        steps = recipe.images_per_round // recipe.learner.images_per_step * recipe.learner.inner_epochs
+        steps = self.steps_per_round(recipe)
         if steps != 1 or recipe.max_policy_lag:
             raise ValueError(
                 f"ddpo_sf is an estimate on fresh data alone, and this recipe has {steps} optimizer steps a round and "

@@ -10,30 +10,29 @@ from ray_ddpo.common.diffusion.schedulers.denoising_steps import column
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import Column, NoisedBatch
 from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
-from ray_ddpo.learner.algorithms.advantages import PromptStatistics, optimality
-from ray_ddpo.learner.algorithms.forward_process import ForwardProcess
+from ray_ddpo.learner.algorithms.advantages import AdvantageMode, PromptStatistics, optimality
+from ray_ddpo.learner.algorithms.forward_process import AveragedSampling
 from ray_ddpo.learner.algorithms.losses import negative_aware_terms, squared_error
 
 
-class DiffusionNFT(ForwardProcess):
+class DiffusionNFT(AveragedSampling):
     """DiffusionNFT: the loss pulls the policy towards an image by r and away by 1 − r; r in 0 … 1 is its optimality.
 
-    Samplers use a moving average of the trained weights, whose decay grows with the policy version:
-    min(ema_decay_max, ema_decay_growth · version).
+    Samplers use a moving average of the trained weights, whose decay grows with the policy version.
     """
 
     advantages: AdvantageSettings = AdvantageSettings(kind="group", group_deviation="round")
     """Advantages from which r is computed."""
     advantage_clip: float = Field(default=5.0, gt=0)
     """Advantage at which r is 0 or 1. The loss is multiplied by it."""
+    advantage_mode: AdvantageMode = "all"
+    """Advantages that r is computed from: all, those above 0, those below 0, 1 for those above 0, or their signs."""
     beta: float = Field(default=1.0, gt=0)
     """Distance of the implicit positive and negative policies from the sampling policy."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Coefficient of mean ‖v − v_pretrained‖². The authors use 1e-4."""
     ema_decay_growth: float = Field(default=0.001, ge=0)
-    """Increase of the moving average's decay per policy version."""
-    ema_decay_max: float = Field(default=0.5, ge=0, lt=1)
-    """Largest decay of the moving average."""
+    """Increase of the moving average's decay per policy version. 0: samplers use the trained weights."""
 
     def check(self, recipe: Recipe, policy: PolicyConfig) -> None:
         self.advantages.check(recipe)
@@ -42,11 +41,8 @@ class DiffusionNFT(ForwardProcess):
     def columns(self) -> set[Column]:
         return {"old_predictions", "reference_predictions"} if self.kl_coef > 0 else {"old_predictions"}
 
-    def ema_decay(self, policy_version: int) -> float:
-        return min(self.ema_decay_max, self.ema_decay_growth * policy_version)
-
     def from_advantages(self, advantages: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-        return optimality(advantages, self.advantage_clip)
+        return optimality(advantages, self.advantage_clip, self.advantage_mode)
 
     def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int

@@ -3,29 +3,50 @@
 from abc import ABC
 
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.policy import Policy
-from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
+from ray_ddpo.common.base_parts import Base
+from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
+from ray_ddpo.common.trajectory import NoisedBatch, RestartBatch, TransitionBatch
 from ray_ddpo.learner.algorithms.algorithm import Algorithm, TransitionLoss
 from ray_ddpo.learner.algorithms.losses import sum_of
 
 
 class ForwardProcess(Algorithm, ABC):
-    """A loss on the network's predictions for noised images, guided as in sampling. Any lag is equally valid."""
+    """A loss on the network's predictions for noised images, guided as in sampling by default. Any lag is equally valid."""
 
     noised_samples: int = Field(default=1, ge=1)
     """Noised samples of each image per inner epoch, each at a timestep of its own."""
+    guided: bool = True
+    """Train on the guided prediction, as images are sampled. If false, on the prediction for the prompt alone."""
+
+    @property
+    def guides_denoising(self) -> bool:
+        return self.guided
+
+    def load(self, policy: Policy, config: PolicyConfig) -> Base:
+        policy.guides_denoising = self.guided
+        return super().load(policy, config)
 
     @property
     def noised_samples_per_image(self) -> int:
         return self.noised_samples
 
-    def compute_loss(self, policy: Policy, batch: TransitionBatch | NoisedBatch) -> TransitionLoss:
+    def compute_loss(self, policy: Policy, batch: TransitionBatch | NoisedBatch | RestartBatch) -> TransitionLoss:
         assert isinstance(batch, NoisedBatch), "this algorithm trains on finished images"
         predicted, target = policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)
-        terms = self.noised_terms(predicted, target, policy.clean_scale(batch.timesteps), batch)
+        return self.noised_result(predicted, target, policy.clean_scale(batch.timesteps), batch)
+
+    def noised_result(
+        self,
+        predicted: Float[Tensor, "B C H W"],
+        target: Float[Tensor, "B C H W"],
+        clean_scale: Float[Tensor, "B"],
+        batch: NoisedBatch,
+    ) -> TransitionLoss:
+        """Return the loss of each sample with its diagnostics. By default the sum of `noised_terms`, and none."""
+        terms = self.noised_terms(predicted, target, clean_scale, batch)
         return TransitionLoss(sum_of(terms), terms=terms)
 
     def noised_terms(
@@ -45,5 +66,36 @@ class ForwardProcess(Algorithm, ABC):
     def noised_loss(
         self, predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"], batch: NoisedBatch
     ) -> Float[Tensor, "B"]:
-        """Return the loss of each sample. An algorithm overrides this method or `noised_terms`."""
+        """Return the loss of each sample. An algorithm overrides this method, `noised_terms` or `noised_result`."""
         raise NotImplementedError(f"{type(self).__name__} has neither noised_loss nor noised_terms")
+
+
+class AveragedSampling(ForwardProcess, ABC):
+    """A loss on noised samples whose samplers may use a moving average of the trained weights.
+
+    The average's decay grows with the policy version: min(ema_decay_max, ema_decay_growth · (version −
+    ema_decay_flat)), and is 0 before that version. Without growth there is no average.
+    """
+
+    ema_decay_growth: float = Field(default=0.0, ge=0)
+    """Increase of the moving average's decay per policy version. 0: samplers use the trained weights."""
+    ema_decay_max: float = Field(default=0.5, ge=0, lt=1)
+    """Largest decay of the moving average."""
+    ema_decay_flat: int = Field(default=0, ge=0)
+    """Policy versions before which the decay is 0."""
+
+    @model_validator(mode="after")
+    def _an_average_grows(self) -> "AveragedSampling":
+        """Refuse settings of a moving average beside no growth, with which there is no average."""
+        for key in ("ema_decay_max", "ema_decay_flat"):
+            if not self.ema_decay_growth and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)} and ema_decay_growth 0, with which samplers use the trained weights: "
+                    "give ema_decay_growth, or leave the key out"
+                )
+        return self
+
+    def ema_decay(self, policy_version: int) -> float | None:
+        if not self.ema_decay_growth:
+            return None
+        return min(self.ema_decay_max, self.ema_decay_growth * max(0, policy_version - self.ema_decay_flat))

@@ -8,15 +8,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.learner.algorithms.clip_bounds import ClipBounds
 
 
 def clipped_surrogate(
-    log_prob: Float[Tensor, "B"], old_log_prob: Float[Tensor, "B"], advantages: Float[Tensor, "B"], clip_range: float
+    log_prob: Float[Tensor, "B"],
+    old_log_prob: Float[Tensor, "B"],
+    advantages: Float[Tensor, "B"],
+    clip_range: float | ClipBounds,
 ) -> Float[Tensor, "B"]:
-    """Return PPO's loss (Schulman et al. 2017, eq. 7) on one denoising step: max(−A r, −A clamp(r, 1 ± clip_range))."""
+    """Return PPO's loss (Schulman et al. 2017, eq. 7) on one denoising step: max(−A r, −A clamp(r, 1 ± clip_range)).
+
+    Args:
+        clip_range: the range on both sides, or bounds of their own. With a dual clip c, the loss of a negative
+            advantage is at most −c A (Ye et al. 2020, eq. 5).
+    """
+    bounds = clip_range if isinstance(clip_range, ClipBounds) else ClipBounds(clip_range, clip_range)
     ratio = torch.exp(log_prob - old_log_prob)
-    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    clipped_ratio = ratio.clamp(1 - bounds.lower, 1 + bounds.upper)
+    loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    return (
+        loss
+        if bounds.dual is None
+        else torch.where(bounds.dual_clips(ratio, advantages), -bounds.dual * advantages, loss)
+    )
 
 
 def score_function(log_prob: Float[Tensor, "B"], advantages: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
@@ -26,8 +41,7 @@ def score_function(log_prob: Float[Tensor, "B"], advantages: Float[Tensor, "B"])
 
 def gaussian_kl(transition: Transition, reference: Transition) -> Float[Tensor, "B"]:
     """Return the KL of a step between policies of equal σ: ‖μ − μ_ref‖² / (2σ²), in nats, with gradient (DPOK)."""
-    moved = (transition.mean - reference.mean) / transition.std.view(-1, 1, 1, 1)
-    return 0.5 * moved.square().flatten(1).sum(1)
+    return transition.kl_nats(reference)
 
 
 def sum_of(terms: Mapping[str, Float[Tensor, "B"]]) -> Float[Tensor, "B"]:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.learner.algorithms.clip_bounds import ClipBounds
 from ray_ddpo.learner.algorithms.losses import clipped_surrogate, gaussian_kl
 
 
@@ -29,7 +30,7 @@ def decoupled_surrogate(
     proximal_log_prob: Float[Tensor, "B"],
     weight: Float[Tensor, "B"],
     advantages: Float[Tensor, "B"],
-    clip_range: float,
+    clip_range: float | ClipBounds,
 ) -> Float[Tensor, "B"]:
     """Return −w · min(A r, A clamp(r, 1 ± clip_range)) with r = π_θ / π_prox.
 

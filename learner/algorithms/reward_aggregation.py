@@ -41,12 +41,14 @@ class RewardAggregation:
     weights: dict[str, float]
     kind: str = "sum"
     floors: dict[str, float] = field(default_factory=dict)
+    kl_reward: float = 0.0  # coefficient of the trajectory's KL, which is subtracted from the aggregated reward
 
     @classmethod
     def of(cls, recipe: Recipe) -> "RewardAggregation":
         """Return the aggregation of a recipe's reward tables."""
         floors = {table.called: table.floor for table in recipe.all_rewards if table.floor is not None}
-        return cls({table.called: table.weight for table in recipe.all_rewards}, recipe.aggregation.kind, floors)
+        weights = {table.called: table.weight for table in recipe.all_rewards}
+        return cls(weights, recipe.aggregation.kind, floors, recipe.sampling.kl_reward)
 
     @property
     def compared(self) -> tuple[str, ...]:
@@ -57,8 +59,15 @@ class RewardAggregation:
         """Check the aggregation against the algorithm.
 
         Raises:
-            ValueError: per-reward advantages are to be summed, and the algorithm has no advantages.
+            ValueError: per-reward advantages are to be summed, and the algorithm has no advantages, or a KL is to be
+                subtracted from the reward.
         """
+        if self.kind == "advantages" and self.kl_reward:
+            raise ValueError(
+                f"aggregation.kind is 'advantages' and sampling.kl_reward {self.kl_reward:g}: the KL is subtracted from "
+                "one aggregated reward, and there is none; aggregate with 'sum', 'z_score' or 'win_rate', or leave "
+                "kl_reward out and give algorithm.kl_coef"
+            )
         if self.kind == "advantages" and "advantages" not in type(algorithm).model_fields:
             raise ValueError(
                 f"aggregation.kind is 'advantages', and {type(algorithm).__name__} makes weights of rewards and no "
@@ -67,18 +76,43 @@ class RewardAggregation:
             )
 
     def compute_advantages(
-        self, algorithm: Algorithm, statistics: Statistics, prompts: list[str], rewards: Rewards, images_per_prompt: int
+        self,
+        algorithm: Algorithm,
+        statistics: Statistics,
+        prompts: list[str],
+        rewards: Rewards,
+        images_per_prompt: int,
+        path_kl: Float[np.ndarray, "N"] | None = None,
     ) -> tuple[Statistics, AggregatedAdvantages]:
-        """Return the statistics with these images added, and the images' advantages."""
+        """Return the statistics with these images added, and the images' advantages.
+
+        Args:
+            path_kl: the KL of each image's trajectory in nats, if it is to be subtracted from the reward.
+        """
         if self.kind == "advantages":
             return self._decoupled(algorithm, statistics, prompts, rewards, images_per_prompt)
         parts = {name: self._part(values, images_per_prompt) for name, values in rewards.items()}
-        aggregated = self._with_floors(self._weighted(parts), rewards)
+        aggregated = self.aggregate(parts, rewards, path_kl)
         of_aggregated, advantages = algorithm.compute_advantages(
             statistics.get(AGGREGATED, {}), prompts, aggregated, images_per_prompt
         )
         parts = {name: parts[name] for name in self.compared}
-        return {AGGREGATED: of_aggregated}, AggregatedAdvantages(algorithm.from_advantages(advantages), parts)
+        signal = algorithm.select(algorithm.from_advantages(advantages), images_per_prompt)
+        return {AGGREGATED: of_aggregated}, AggregatedAdvantages(signal, parts)
+
+    def aggregate(
+        self, parts: Rewards, rewards: Rewards, path_kl: Float[np.ndarray, "N"] | None = None
+    ) -> Float[np.ndarray, "N"]:
+        """Return one aggregated reward an image, or its aggregated advantage if advantages are summed.
+
+        Args:
+            parts: each transformed reward before its weight, or each reward if they are summed as they are.
+            rewards: the rewards as they were scored, of which floors are checked.
+            path_kl: the KL of each image's trajectory in nats, if it is to be subtracted from the reward.
+        """
+        penalty = 0.0 if path_kl is None else self.kl_reward * path_kl
+        aggregated = self._with_floors(self._weighted(parts) - penalty, rewards)
+        return round_advantages(aggregated) if self.kind == "advantages" else aggregated
 
     def _decoupled(
         self, algorithm: Algorithm, statistics: Statistics, prompts: list[str], rewards: Rewards, images_per_prompt: int
@@ -88,8 +122,8 @@ class RewardAggregation:
         for name, values in rewards.items():
             of_reward = statistics.get(name, {})
             extended[name], parts[name] = algorithm.compute_advantages(of_reward, prompts, values, images_per_prompt)
-        aggregated = round_advantages(self._with_floors(self._weighted(parts), rewards))
-        return extended, AggregatedAdvantages(algorithm.from_advantages(aggregated), parts)
+        signal = algorithm.select(algorithm.from_advantages(self.aggregate(parts, rewards)), images_per_prompt)
+        return extended, AggregatedAdvantages(signal, parts)
 
     def _part(self, values: Float[np.ndarray, "N"], images_per_prompt: int) -> Float[np.ndarray, "N"]:
         if self.kind == "z_score":

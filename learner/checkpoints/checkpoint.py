@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
 from safetensors import SafetensorError
 
 from ray_ddpo.common.base_parts import BASE, Base, as_tables
@@ -21,7 +22,9 @@ from ray_ddpo.learner.checkpoints.shards import SHARD_BYTES, Shards, cut, groupe
 
 MANIFEST = "manifest.json"
 OWN_WEIGHTS = "weights-trained.safetensors"
+REFERENCE = "weights-reference.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+VALUE = "value.safetensors"
 MISSHAPEN = (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, AttributeError, TypeError)
 FOLDER_NAME = re.compile(r"round-(\d+)(?:-(\d+))?")  # rounds done, and earlier commits after the same rounds
 
@@ -107,9 +110,17 @@ def _shards(checkpoint: Checkpoint, limit: int) -> list[Shards]:
     weights = {_weights_file(each.policy_version): each for each in learner.weights}
     if learner.own_weights:
         weights[OWN_WEIGHTS] = learner.own_weights
+    if learner.reference:
+        weights[REFERENCE] = learner.reference
     weights |= _evaluated(checkpoint.evaluation)
     buffers = [cut(name, each.buffer, limit) for name, each in weights.items()]
-    return [*buffers, grouped(OPTIMIZER, learner.optimizer, limit)]
+    value = [grouped(VALUE, learner.value, limit)] if learner.value else []
+    return [*buffers, grouped(OPTIMIZER, learner.optimizer, limit), *value]
+
+
+def _as_stored(machine: Machine) -> dict[str, str]:
+    """Return a machine's fields without the measured rate, which differs from start to start."""
+    return {name: value for name, value in asdict(machine).items() if name != "matrix_rate"}
 
 
 def _files(checkpoint: Checkpoint, shards: list[Shards]) -> Iterator[tuple[str, bytes]]:
@@ -120,9 +131,12 @@ def _files(checkpoint: Checkpoint, shards: list[Shards]) -> Iterator[tuple[str, 
         "policy_version": learner.policy_version,
         "weights": [_weights_header(weights) for weights in learner.weights],
         "own_weights": _weights_header(learner.own_weights) if learner.own_weights else None,
+        "reference": _weights_header(learner.reference) if learner.reference else None,
+        "value": bool(learner.value),
         "scaler": learner.scaler,
         "micro_batch_size": learner.micro_batch_size,
-        "machine": asdict(learner.machine) if learner.machine else None,
+        "machine": _as_stored(learner.machine) if learner.machine else None,
+        "recomputes": learner.recomputes,
         "statistics": checkpoint.statistics,
         "tracker_ids": checkpoint.tracker_ids,
         "ledger_rounds": checkpoint.ledger_rounds,
@@ -239,8 +253,7 @@ def load_checkpoint(checkpoint: Storage) -> Checkpoint:
 def _load_checkpoint(checkpoint: Storage) -> Checkpoint:
     """Load a checkpoint, with whatever error a malformed file leads to."""
     state = json.loads(checkpoint.read("state.json"))
-    optimizer = read_arrays(checkpoint, OPTIMIZER, _num_shards(state, OPTIMIZER))
-    refuse_not_finite(f"{checkpoint.location}/{OPTIMIZER}", optimizer)
+    optimizer = _load_arrays(checkpoint, OPTIMIZER, state)
     learner = LearnerState(
         state["policy_version"],
         load_weights(checkpoint),
@@ -249,6 +262,9 @@ def _load_checkpoint(checkpoint: Storage) -> Checkpoint:
         _load_weights(checkpoint, OWN_WEIGHTS, state["own_weights"], state) if state.get("own_weights") else None,
         state.get("micro_batch_size"),
         Machine(**state["machine"]) if state.get("machine") else None,
+        state.get("recomputes"),
+        _load_weights(checkpoint, REFERENCE, state["reference"], state) if state.get("reference") else None,
+        _load_arrays(checkpoint, VALUE, state) if state.get("value") else {},
     )
     return Checkpoint(
         state["rounds_done"],
@@ -260,6 +276,13 @@ def _load_checkpoint(checkpoint: Storage) -> Checkpoint:
         _load_evaluation(checkpoint, state),
         BASE.validate_python(state.get("base", {})),
     )
+
+
+def _load_arrays(checkpoint: Storage, file: str, state: dict) -> dict[str, np.ndarray]:
+    """Load arrays by name, and raise ValueError if a number is not finite."""
+    arrays = read_arrays(checkpoint, file, _num_shards(state, file))
+    refuse_not_finite(f"{checkpoint.location}/{file}", arrays)
+    return arrays
 
 
 def _statistics(checkpoint: Storage, tables: dict) -> Statistics:

@@ -1,7 +1,7 @@
 """LearnerState: the state from which the learner resumes bit for bit; and the state of evaluation."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,6 +20,9 @@ class LearnerState:
     own_weights: PolicyWeights | None = None  # the trained weights, if samplers use an average of versions
     micro_batch_size: int | None = None  # decides the last bits; None: not known
     machine: Machine | None = None  # the learner's; None: not known
+    recomputes: bool | None = None  # whether gradient checkpointing is on; None: not known
+    reference: PolicyWeights | None = None  # the policy that is the KL's reference; None: the pretrained model
+    value: dict[str, np.ndarray] = field(default_factory=dict)  # a value function's weights and optimizer state
 
     @property
     def trained(self) -> PolicyWeights:

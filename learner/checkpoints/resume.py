@@ -22,21 +22,25 @@ FREE = (
         for key in WORKERS + PATIENCE
     ),
     "reward_workers.max_dropped",
-    *(f"learner.{key}" for key in (*ROLE, "log_prob_tolerance", "shard_optimizer_state")),
+    *(f"learner.{key}" for key in (*ROLE, "colocated", "log_prob_tolerance", "shard_optimizer_state")),
     *(f"runtime.{key}" for key in ("ready_seconds", "watchdog_seconds", "max_restarts")),
+    "policy.cuda_graphs",
 )
-
-LATER = ("runtime.tf32",)  # keys that recipes of earlier runs lack
 
 
 def resume_point(
-    folder: RunFolder, tables: dict[str, Any], resume: bool, places: Collection[str] = ()
+    folder: RunFolder,
+    tables: dict[str, Any],
+    resume: bool,
+    places: Collection[str] = (),
+    defaults: dict[str, Any] | None = None,
 ) -> Checkpoint | None:
     """Return the checkpoint to resume from, or None to start from the beginning.
 
     Args:
         tables: the recipe.
         places: keys of paths to files, which may change because the files are compared by fingerprint.
+        defaults: the default of each key that has one. A key that is younger than the run had its default in it.
 
     Raises:
         ValueError: the folder has a run and `resume` is not set, or that run was made with another recipe.
@@ -48,7 +52,9 @@ def resume_point(
             f"the run folder {folder.location} exists: resume it with --resume auto, or give another --name or "
             f"--output_dir; --from {folder.location} starts the other run from this one's weights"
         )
-    differing = _differences(folder.recipe_tables(), without_none(tables), [*FREE, *places])
+    differing = _differences(
+        folder.recipe_tables(), without_none(tables), [*FREE, *places], without_none(defaults or {})
+    )
     if differing:
         raise ValueError(
             f"the run in {folder.location} was made with another recipe: {'; '.join(differing)}; to train its weights "
@@ -58,17 +64,19 @@ def resume_point(
     return load_checkpoint(newest) if newest else None
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], free: list[str], prefix: str = "") -> list[str]:
+def _differences(
+    before: dict[str, Any], now: dict[str, Any], free: list[str], defaults: dict[str, Any], prefix: str = ""
+) -> list[str]:
     """List the keys that differ between two recipes, but for those that match `free`."""
     found = []
     for key in sorted(before.keys() | now.keys()):
-        if f"{prefix}{key}" in LATER and key not in before:
-            continue
         if any(fnmatch(f"{prefix}{key}", each) for each in free):
             continue
-        old, new = _by_position(before.get(key)), _by_position(now.get(key))
+        default = _by_position(defaults.get(key))
+        old, new = _by_position(before.get(key, default)), _by_position(now.get(key))
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, free, f"{prefix}{key}.")
+            inner = default if isinstance(default, dict) else {}
+            found += _differences(old, new, free, inner, f"{prefix}{key}.")
         elif old != new:
             found.append(f"{prefix}{key} was {old!r} and is {new!r}")
     return found

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ray_ddpo.common.diffusion.memory.sizes import PolicySizes
 from ray_ddpo.common.packages import require_packages
 from ray_ddpo.common.recipe.tables import LearnerTable
+from ray_ddpo.learner.sharding.layout import shards_weights
 
+GRADIENT_BYTES = 4  # per trained number
 ADAM_STATE_BYTES = 8  # per trained number: Adam's m and v in float32
 SCALED_TOGETHER = 256  # numbers of 8-bit state that share a float32 scale (Dettmers et al. 2022)
 
@@ -45,6 +47,12 @@ def optimizer_of(parameters: Mapping[str, nn.Parameter], settings: LearnerTable)
 
     set_memory_format(parameters, settings)
     return AdamW8bit(parameters.values(), **keys)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next step, for all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def is_fused(optimizer: Any) -> bool:
@@ -111,12 +119,27 @@ def optimizer_state_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
     return ADAM_STATE_BYTES * sizes.trained_parameters
 
 
-def with_rank_optimizer_state(settings: LearnerTable, sizes: PolicySizes) -> PolicySizes:
-    """Return the sizes with the optimizer state of a rank of this learner, in place of the full state in float32."""
+def rank_sizes(settings: LearnerTable, sizes: PolicySizes) -> PolicySizes:
+    """Return the sizes of one rank of this learner, in place of those of a learner that holds everything in float32."""
     saved = ADAM_STATE_BYTES * sizes.trained_parameters - rank_optimizer_state_bytes(settings, sizes)
+    if shards_weights(settings) and sizes.units.weights:
+        held = sizes.units.weights + GRADIENT_BYTES * sizes.trained_parameters
+        saved += held - rank_weight_bytes(settings, sizes) - sizes.units.gathered
+        saved += round(
+            sizes.units.cached * (1 - sizes.units.largest / sizes.units.weights)
+        )  # a block's copies are left
+        if settings.offload_weights:  # the host has the shards
+            saved += rank_weight_bytes(settings, sizes) + rank_optimizer_state_bytes(settings, sizes)
     return replace(sizes, learner=sizes.learner.plus(-saved))
 
 
 def rank_optimizer_state_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
     """Return the size of a rank's optimizer state. If sharded, ranks differ by up to one parameter from this size."""
-    return -(-optimizer_state_bytes(settings, sizes) // (settings.world_size if settings.shard_optimizer_state else 1))
+    is_sharded = settings.shard_optimizer_state or shards_weights(settings)
+    return -(-optimizer_state_bytes(settings, sizes) // (settings.world_size if is_sharded else 1))
+
+
+def rank_weight_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
+    """Return the size of a rank's weights and gradients, without the blocks that it gathers."""
+    held = sizes.units.weights + GRADIENT_BYTES * sizes.trained_parameters
+    return -(-held // (settings.world_size if shards_weights(settings) else 1))

@@ -8,13 +8,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ray_ddpo.common.model_files.file_faults import first_not_finite
-from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.tables import LearnerTable
 from ray_ddpo.common.trajectory import TrainBatch
-from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
+from ray_ddpo.learner.algorithms.algorithm import REWARD_TERM, TransitionLoss
 from ray_ddpo.learner.algorithms.off_policy import rescale_gradients, unmasked_mean_factor
-from ray_ddpo.learner.optimization.optimizer import is_fused
+from ray_ddpo.learner.optimization.gradients import Gradients, ReplicatedGradients
+from ray_ddpo.learner.optimization.optimizer import is_fused, set_learning_rate
 from ray_ddpo.learner.process_group import OtherRankFailed, ProcessGroup
+from ray_ddpo.learner.temporary_weights import HeldWeights
 
 
 class NotFinite(RuntimeError):
@@ -37,21 +38,30 @@ class OptimizerSteps:
         process_group: ProcessGroup,
         settings: LearnerTable,
         device: str,
+        gradients: Gradients | None = None,
     ) -> None:
+        """Take over an optimizer and its parameters.
+
+        Args:
+            gradients: of the parameters, if their weights are sharded. None: every rank has all of them.
+        """
+        self._gradients = gradients or ReplicatedGradients(parameters, process_group)
         self._optimizer: Any = optimizer
         self._scaler = scaler
         self._parameters = parameters
         self._process_group = process_group
         self._settings = settings
         self._device = device
+        self._any_applied = False  # whether a step was, as far as it was checked
         self._masks: list[Tensor] = []  # of the current step's micro-batches
         self._terms: dict[str, Bool[Tensor, ""]] = {}  # whether a part of the current step's loss is finite
         # Gradient norm and terms of the steps since the last check; None if a step was skipped.
         self._made: list[tuple[Tensor, dict[str, Tensor]] | None] = []
 
-    def begin(self) -> None:
-        """Begin an optimizer step."""
-        self._optimizer.zero_grad(set_to_none=True)
+    def begin(self, learning_rate: float) -> None:
+        """Begin an optimizer step with this learning rate."""
+        set_learning_rate(self._optimizer, learning_rate)
+        self._gradients.clear()
         self._masks, self._terms = [], {}
 
     def add(self, result: TransitionLoss, num_transitions: int) -> None:
@@ -81,19 +91,18 @@ class OptimizerSteps:
             return self._skip()
         if not num_own:
             self._scaler.scale(torch.zeros(1, device=self._device))  # the scaler makes its scale at its first use
-        self._process_group.all_reduce_gradients(self._parameters.values())
+        self._gradients.reduce()
         self._scaler.unscale_(self._optimizer)
         if unmasked < num_transitions:
             rescale_gradients(self._parameters.values(), unmasked_mean_factor(num_transitions, unmasked))
-        limit = self._settings.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit, foreach=True)
+        norm = self._gradients.clip(self._settings.max_grad_norm)
         if may_be_zero and not norm:
             self._scaler.update()
             return self._skip()
         self._step_if_finite(norm)
         self._scaler.update()
         self._made.append((norm.detach(), self._terms))
-        self._process_group.check_equal(self._parameters.values())
+        self._gradients.check()
         return norm
 
     def _skip(self) -> None:
@@ -113,7 +122,7 @@ class OptimizerSteps:
 
     def forget(self) -> None:
         """Discard steps that were not checked yet, because their effect was undone."""
-        self._made = []
+        self._made, self._any_applied = [], False
 
     def check(self, batch: TrainBatch, num_steps: int) -> None:
         """Check that all steps since the last check were finite.
@@ -134,8 +143,10 @@ class OptimizerSteps:
         if not steps:
             return
         finite = torch.stack([norm.isfinite() for _, norm, _ in steps]).tolist()
-        overflown = [each for each, is_finite in zip(steps, finite, strict=True) if not is_finite]
-        for number, _, terms in overflown:
+        for (number, _, terms), is_finite in zip(steps, finite, strict=True):
+            if is_finite:
+                self._any_applied = True
+                continue
             at_fault = [name for name, is_finite in terms.items() if not is_finite]
             others = self._process_group.all_reduce_max(len(at_fault))
             if not others and self._scaler.is_enabled() and self._scaler.get_scale() >= 1:
@@ -144,9 +155,15 @@ class OptimizerSteps:
                 raise OtherRankFailed("the loss of another rank is not finite, and that rank reports which part")
             where = f"round {batch.round}, optimizer step {number} of {num_steps}"
             raise NotFinite(
-                f"{where}: {_fault(at_fault, list(terms))} not finite, so the step was not applied ({len(overflown)} "
-                f"of the round's steps); {_advice(self._settings, batch.round, self._scaler.is_enabled())}"
+                f"{where}: {_fault(at_fault, list(terms))} not finite, so the step was not applied "
+                f"({finite.count(False)} of the round's steps); {self._advice(batch.round, terms)}"
             )
+
+    def _advice(self, round_index: int, terms: Mapping[str, Tensor]) -> str:
+        half = self._scaler.is_enabled()
+        if not round_index and not self._any_applied:
+            return _advice_before_any_step(half, REWARD_TERM in terms)
+        return _advice(self._settings, round_index, half)
 
 
 def _fault(at_fault: list[str], terms: list[str]) -> str:
@@ -165,7 +182,25 @@ def _advice(settings: LearnerTable, round_index: int, half: bool) -> str:
     return f"most likely {overflows}{rate}; {saved if round_index else begin}"
 
 
-def refuse_weights(weights: PolicyWeights, round_index: int, settings: LearnerTable) -> None:
+def _advice_before_any_step(half: bool, of_reward: bool) -> str:
+    """Return what to do if a gradient is not finite under the weights that a run starts with.
+
+    Args:
+        half: the network computes in float16.
+        of_reward: the loss has the gradient of a reward.
+    """
+    overflows = ', or policy.dtype = "float16" overflows (bfloat16 does not),' if half else ""
+    source = "the reward" if of_reward else "the weights that the run starts with, its images or its rewards"
+    look = "look for a root, a logarithm or a quotient at 0 in the reward"
+    if not of_reward:
+        look = "look at policy.model and policy.dtype, and for very large rewards in rollouts/"
+    return (
+        f"no step was applied before, so it comes from {source}{overflows} and no learning rate helps: {look}, and begin "
+        "again with another --name"
+    )
+
+
+def refuse_weights(weights: HeldWeights, round_index: int, settings: LearnerTable) -> None:
     """Check the weights after an update.
 
     Raises:

@@ -7,8 +7,32 @@ import torch
 from torch import nn
 
 from ray_ddpo.common.recipe.tables import LearnerTable
-from ray_ddpo.learner.optimization.optimizer import is_fused, optimizer_of, set_memory_format
+from ray_ddpo.learner.optimization.optimizer import (
+    is_fused,
+    optimizer_of,
+    set_learning_rate,
+    set_memory_format,
+)
 from ray_ddpo.learner.process_group import ProcessGroup
+from ray_ddpo.learner.sharding.layout import shard_name, shards_weights
+
+
+def rank_optimizer(
+    parameters: Mapping[str, nn.Parameter], settings: LearnerTable, process_group: ProcessGroup
+) -> tuple[torch.optim.Optimizer, Mapping[str, nn.Parameter]]:
+    """Return a rank's optimizer, and the parameters whose optimizer state the rank keeps.
+
+    Args:
+        parameters: all trained ones, or this rank's shards of them if weights are sharded.
+    """
+    rank, world_size = process_group.rank, process_group.world_size
+    if shards_weights(settings):
+        owned = {shard_name(name, rank, world_size): shard for name, shard in parameters.items()}
+        return optimizer_of(owned, settings), owned
+    if not settings.shard_optimizer_state or world_size == 1:
+        return optimizer_of(parameters, settings), parameters
+    optimizer = ShardedOptimizer(parameters, settings, process_group)
+    return optimizer, optimizer.owned
 
 
 @final
@@ -28,7 +52,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: there are more ranks than parameters, or the optimizer's library is not installed.
         """
-        super().__init__(parameters.values(), {})
+        super().__init__(parameters.values(), {"lr": settings.learning_rate})
         if len(parameters) < process_group.world_size:
             raise ValueError(
                 f"learner.world_size is {process_group.world_size}, and the network has {len(parameters)} trained "
@@ -59,6 +83,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._process_group.check_equal(self._parameters)  # before the broadcast would hide a difference
         if is_fused(self._optimizer):
             self._optimizer.found_inf = getattr(self, "found_inf", None)
+        set_learning_rate(self._optimizer, self.param_groups[0]["lr"])
         self._optimizer.step()
         for rank, parameters in enumerate(self._of_rank):
             self._process_group.broadcast(rank, parameters)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.policy import select_rows
 from ray_ddpo.common.runtime import to_device
-from ray_ddpo.common.trajectory import NoisedBatch
+from ray_ddpo.common.trajectory import NoisedBatch, TrainBatch
+from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.learner.round_data.transitions import RoundTransitions
 
 _NOISING = 7  # hashed with an image's seed, so that this noise differs from every other stream
@@ -19,13 +20,15 @@ _NOISING = 7  # hashed with an image's seed, so that this noise differs from eve
 class NoisedSamples:
     """The noised samples of a round.
 
-    Timestep and noise are a function of the image's seed and the sample's position, computed on the CPU.
+    Timestep and noise are a function of the image's seed and the sample's position, computed on the CPU. If images are
+    compared within groups, all of a group have those of its first image.
     """
 
     transitions: RoundTransitions  # of the finished images
     seeds: tuple[int, ...]  # of the images
     per_image: int  # samples in an inner epoch
     num_train_timesteps: int
+    compared_images: int = 1  # of a group, which share noise and timestep; 1: no images are compared
 
     @property
     def num_images(self) -> int:
@@ -48,10 +51,33 @@ class NoisedSamples:
             clean,
             to_device(torch.stack([noise for _, noise in sampled]), of.device),
             of.advantages[images],
+            groups=self.groups(indices).to(of.device) if self.compared_images > 1 else None,
         )
 
+    def groups(self, indices: Int[Tensor, "B 2"]) -> Int[Tensor, "B"]:
+        """Return a number for each row that rows of one group and one position share."""
+        group, position = indices[:, 0] // self.compared_images, indices[:, 1]
+        return group + position * self.num_images
+
     def _timestep_and_noise(self, image: int, position: int, shape: torch.Size) -> tuple[int, Float[Tensor, "C H W"]]:
-        word = np.random.SeedSequence([self.seeds[image], _NOISING, position]).generate_state(1, np.uint64)[0]
+        seed = self.seeds[image // self.compared_images * self.compared_images]
+        word = np.random.SeedSequence([seed, _NOISING, position]).generate_state(1, np.uint64)[0]
         generator = torch.Generator("cpu").manual_seed(int(word) >> 1)
         timestep = int(torch.randint(self.num_train_timesteps, (1,), generator=generator))
         return timestep, torch.randn(shape, generator=generator)
+
+
+def training_items(
+    algorithm: Algorithm,
+    batch: TrainBatch,
+    transitions: RoundTransitions,
+    num_train_timesteps: int,
+    images_per_prompt: int = 1,
+) -> RoundTransitions | NoisedSamples:
+    """Return the algorithm's training items: the sampled transitions, or the finished images with noise added."""
+    per_image = algorithm.noised_samples_per_image
+    if per_image is None:
+        return transitions
+    seeds = tuple(seed for report in batch.reports for seed in report.task.seeds)
+    compared = images_per_prompt if algorithm.compares_groups else 1
+    return NoisedSamples(transitions, seeds, per_image, num_train_timesteps, compared)

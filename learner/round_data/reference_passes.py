@@ -12,17 +12,18 @@ from torch import Tensor
 from ray_ddpo.common.diffusion.compiled import graph_of_learning
 from ray_ddpo.common.diffusion.lora.adapters import reference_policy
 from ray_ddpo.common.diffusion.policy import Policy
-from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.runtime import to_device
-from ray_ddpo.common.trajectory import Column, NoisedBatch, TransitionBatch
+from ray_ddpo.common.trajectory import Column, NoisedBatch, RestartBatch, TransitionBatch
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
+from ray_ddpo.learner.algorithms.losses import squared_error
 from ray_ddpo.learner.process_group import ProcessGroup
 from ray_ddpo.learner.round_data.noised_samples import NoisedSamples
+from ray_ddpo.learner.round_data.restarts import Restarts
 from ray_ddpo.learner.round_data.transitions import Indices, RoundTransitions, micro_batches
-from ray_ddpo.learner.temporary_weights import temporary_weights
+from ray_ddpo.learner.temporary_weights import HeldWeights, temporary_weights
 
-Batch = TransitionBatch | NoisedBatch
-Items = RoundTransitions | NoisedSamples
+Batch = TransitionBatch | NoisedBatch | RestartBatch
+Items = RoundTransitions | NoisedSamples | Restarts
 
 
 class OutputColumn:
@@ -66,10 +67,12 @@ class Update:
 
     items: Items
     epochs: list[list[Indices]]  # by inner epoch and optimizer step
-    sampled_with: PolicyWeights  # the behavior policy's
-    present: PolicyWeights  # at the start of the update
+    sampled_with: HeldWeights  # the behavior policy's
+    present: HeldWeights  # at the start of the update
     process_group: ProcessGroup = field(default_factory=ProcessGroup)  # each rank precomputes its own share only
     is_compiled: bool = False  # the learner's network
+    reference: HeldWeights | None = None  # of the reference policy; None: the pretrained model
+    in_step: bool = False  # all ranks take part in every pass, because weights are sharded
 
     def column(self) -> OutputColumn:
         """Return an empty column of the items of all inner epochs."""
@@ -87,10 +90,18 @@ class Update:
         asked, taken = [], self.column().computed
         for indices in steps[1:] if own_pass_will_do and not again else steps:
             # With several ranks, a rank may get in a later epoch what was another's in the first.
-            own = self.process_group.share(indices)
+            own, _ = self.process_group.share_of_step(indices, even=self.in_step)
             asked.append(own[~taken[own.unbind(1)]])
             taken[own.unbind(1)] = True
         return [indices for indices in asked if len(indices)]
+
+    def spare_batch(self, batches: list[Indices]) -> tuple[Indices, int]:
+        """Return a batch, and how often to pass it for the other ranks' sake, who have more batches than this one.
+
+        A collective if weights are sharded.
+        """
+        missing = int(self.process_group.all_reduce_max(len(batches))) - len(batches) if self.in_step else 0
+        return batches[0] if batches else torch.tensor([[0, self.items.positions(0).start]]), missing
 
 
 def precomputed_columns(algorithm: Algorithm, policy: Policy, update: Update, micro_batch_size: int) -> Columns:
@@ -104,22 +115,35 @@ def precomputed_columns(algorithm: Algorithm, policy: Policy, update: Update, mi
             steps = update.steps(own_pass_will_do)
             batches = [part for indices in steps for part in micro_batches(indices, micro_batch_size)]
             columns[name] = _filled(update.column(), policy, update.items, batches, output, update.is_compiled)
+            spare, times = update.spare_batch(batches)
+            with graph_of_learning(update.is_compiled):
+                for _ in range(times):
+                    output(policy, update.items.batch(spare))
 
     compute("proximal_log_probs", True, _log_prob)
-    needs_old = asked & {"behavior_means", "old_predictions"}
+    compute("proximal_means", True, _mean)
+    needs_old = asked & {"behavior_means", "old_predictions", "old_errors"}
     with temporary_weights(policy.network, update.sampled_with, update.present) if needs_old else nullcontext():
         compute("behavior_means", same, _mean)
         compute("old_predictions", same, _prediction)
-    needs_reference = asked & {"reference_means", "reference_predictions"}
-    with reference_policy(policy.network) if needs_reference else nullcontext():
+        compute("old_errors", same, denoising_errors)
+    needs_reference = asked & {"reference_means", "reference_predictions", "reference_errors"}
+    moved = update.reference
+    reference = reference_policy(policy.network)
+    if moved is not None:
+        reference = temporary_weights(policy.network, moved, update.present)
+    with reference if needs_reference else nullcontext():
         compute("reference_means", False, _mean)
         compute("reference_predictions", False, _prediction)
+        compute("reference_errors", False, denoising_errors)
     return columns
 
 
-def log_probs_under(policy: Policy, transitions: RoundTransitions, batches: Iterable[Indices]) -> Float[Tensor, "N W"]:
+def log_probs_under(
+    policy: Policy, transitions: RoundTransitions, batches: Iterable[Indices], is_compiled: bool = False
+) -> Float[Tensor, "N W"]:
     """Compute each transition's log-prob under the policy's current weights, batch by batch."""
-    return _filled(OutputColumn(*transitions.steps.shape), policy, transitions, batches, _log_prob).values
+    return _filled(OutputColumn(*transitions.steps.shape), policy, transitions, batches, _log_prob, is_compiled).values
 
 
 def _filled(
@@ -150,3 +174,9 @@ def _mean(policy: Policy, batch: Batch) -> Tensor:
 def _prediction(policy: Policy, batch: Batch) -> Tensor:
     assert isinstance(batch, NoisedBatch)
     return policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)[0].detach().cpu()
+
+
+def denoising_errors(policy: Policy, batch: Batch) -> Float[Tensor, "B"]:
+    """Return the mean squared error of each sample's prediction under the policy's current weights."""
+    assert isinstance(batch, NoisedBatch)
+    return squared_error(*policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning))

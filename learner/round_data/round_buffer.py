@@ -1,11 +1,17 @@
 """RoundBuffer: turn a round's scored rollouts into a batch with the algorithm's advantages."""
 
-import numpy as np
-from jaxtyping import Bool
+from dataclasses import replace
 
-from ray_ddpo.common.trajectory import Rollout, TrainBatch
+import numpy as np
+from jaxtyping import Bool, Float
+
+from ray_ddpo.common.group_spread import Refill
+from ray_ddpo.common.trajectory import Rollout, TrainBatch, path_kls, thumbnail_rows
+from ray_ddpo.learner.algorithms.advantages import PromptStatistics
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.learner.algorithms.reward_aggregation import AggregatedAdvantages, RewardAggregation, Statistics
+
+GATE = "gate"  # in the statistics: the history of the gate of a KL
 
 
 class TooManyDropped(RuntimeError):
@@ -25,12 +31,14 @@ class RoundBuffer:
         images_per_prompt: int = 1,
         max_dropped: int | None = None,
         parts_per_round: int = 1,
+        refill: Refill | None = None,
     ) -> None:
         self._algorithm = algorithm
         self._aggregation = aggregation
         self._group = images_per_prompt
         self._max_dropped = max_dropped
         self._parts = parts_per_round
+        self._refill = refill  # None: a round trains on all groups that are not dropped
         self._reasons: list[str] = []  # why images were dropped in this process, the newest last
         self.statistics: Statistics = {}  # in the checkpoint
         self.dropped: dict[int, list[int]] = {}  # in the checkpoint: round → images, numbered in task order
@@ -52,10 +60,15 @@ class RoundBuffer:
         assert len({task.round for task in tasks}) == 1, "a round's tasks are of one round"
         prompts = [prompt.text for task in tasks for prompt in task.prompts]
         kept = self._kept(tasks[0].round, part, rollouts)
-        found = self._advantages(prompts, rollouts, kept)
+        history = self.statistics.get(GATE, {})
+        trained = self._refill.trained_images(rollouts) if self._refill else np.ones(len(kept), bool)
+        found = self._advantages(prompts, rollouts, kept & trained)
+        found.advantages[kept & ~trained] = 0.0  # left out as images with signal 0
+        gate = self._gate(history, rollouts, kept & trained)
         reports = tuple(rollout.report for rollout in rollouts)
         dropped = tuple(np.flatnonzero(~kept).tolist())
-        return TrainBatch(tasks[0].round, reports, found.advantages, dropped, part, self._parts, found.parts)
+        batch = TrainBatch(tasks[0].round, reports, found.advantages, dropped, part, self._parts, found.parts)
+        return replace(batch, kl_weights=gate)
 
     def _advantages(
         self, prompts: list[str], rollouts: list[Rollout], kept: Bool[np.ndarray, "N"]
@@ -71,13 +84,31 @@ class RoundBuffer:
             finite = all(np.isfinite(values).all() for values in rewards.values())
             assert finite, "an image without a finite reward is dropped with its reason"
             texts = [prompt for prompt, is_kept in zip(prompts, kept, strict=True) if is_kept]
+            path_kl = path_kls(rollouts)[kept] if self._aggregation.kl_reward else None
             self.statistics, of_kept = self._aggregation.compute_advantages(
-                self._algorithm, self.statistics, texts, rewards, self._group
+                self._algorithm, self.statistics, texts, rewards, self._group, path_kl
             )
-            found.advantages[kept] = of_kept.advantages
+            shaped = self._algorithm.shape_advantages(of_kept.advantages, thumbnail_rows(rollouts)[kept], self._group)
+            found.advantages[kept] = shaped
             for name, values in of_kept.parts.items():
                 everywhere[name][kept] = values
         return found
+
+    def _gate(
+        self, history: PromptStatistics, rollouts: list[Rollout], kept: Bool[np.ndarray, "N"]
+    ) -> Float[np.ndarray, "N"] | None:
+        """Return the factors of the images' KL to the reference, 0 for dropped ones; None: all are 1."""
+        scores, weights = [rollout.scores.rewards for rollout in rollouts], self._aggregation.weights
+        rewards = {name: np.concatenate([each[name] for each in scores])[kept].astype(np.float64) for name in weights}
+        trained = np.sum([weight * rewards[name] for name, weight in weights.items() if weight], axis=0)
+        auxiliary = {name: rewards[name] for name, weight in weights.items() if not weight}
+        extended, of_kept = self._algorithm.gate_kl(history, trained, auxiliary)
+        if of_kept is None:
+            return None
+        self.statistics = self.statistics | {GATE: extended}
+        factors = np.zeros(len(kept))
+        factors[kept] = of_kept
+        return factors
 
     def _kept(self, round_index: int, part: int, rollouts: list[Rollout]) -> Bool[np.ndarray, "N"]:
         """Return the mask of the part's images that are not dropped.

@@ -59,6 +59,8 @@ class RoundTransitions:
     log_probs: Float[Tensor, "N W"]
     advantages: Float[Tensor, "N"]
     device: str
+    kl_weights: Float[Tensor, "N"] | None = None
+    baselines: Float[Tensor, "N W"] | None = None  # values, which are subtracted from advantages
 
     @property
     def num_images(self) -> int:
@@ -72,13 +74,15 @@ class RoundTransitions:
     def batch(self, indices: Int[Tensor, "B 2"]) -> TransitionBatch:
         """Return the transitions at these indices on the device, one row each."""
         images, positions = to_device(indices, self.device).unbind(1)
+        advantages = self.advantages[images]
         return TransitionBatch(
             select_rows(self.conditioning, self.prompt_rows[images]),
             self.steps[images, positions],
             self.gather("latents", *indices.unbind(1)),
             self.gather("next_latents", *indices.unbind(1)),
             self.log_probs[images, positions],
-            self.advantages[images],
+            advantages if self.baselines is None else advantages - self.baselines[images, positions],
+            kl_weights=None if self.kl_weights is None else self.kl_weights[images],
         )
 
     def gather(
@@ -98,7 +102,10 @@ class RoundTransitions:
 
 
 def round_transitions(
-    trajectories: tuple[Trajectory, ...], advantages: Float[np.ndarray, "N"], device: str
+    trajectories: tuple[Trajectory, ...],
+    advantages: Float[np.ndarray, "N"],
+    device: str,
+    kl_weights: Float[np.ndarray, "N"] | None = None,
 ) -> RoundTransitions:
     """Number the images of all trajectories in task order, and copy their small columns to the device."""
     sizes = torch.tensor([len(trajectory.steps) for trajectory in trajectories])
@@ -118,6 +125,7 @@ def round_transitions(
         log_probs=column("log_probs").to(device),
         advantages=torch.from_numpy(advantages.astype(np.float32)).to(device),
         device=device,
+        kl_weights=None if kl_weights is None else torch.from_numpy(kl_weights.astype(np.float32)).to(device),
     )
 
 

@@ -1,6 +1,7 @@
 """The scoring job retries a passing fault unchanged, and narrows a lasting one down to its image."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -217,3 +218,17 @@ def test_a_batch_that_kills_workers_though_no_image_does_is_halved() -> None:
 @pytest.mark.parametrize(("failures", "seconds"), [(0, 0), (1, 0.5), (2, 1), (3, 2), (20, 30)])
 def test_each_attempt_waits_longer_up_to_a_limit(failures: int, seconds: float) -> None:
     assert backoff_seconds(failures) == seconds
+
+
+def test_costs_are_summed_over_batches_also_those_of_scores_that_are_discarded() -> None:
+    half = job(count=4, batch_size=2)
+    half.failed(half.waiting.pop(0), "it is bad")
+    half.failed(half.waiting.pop(0), "it is bad")  # as often as a batch is attempted
+    alone = half.waiting.pop(0)
+    assert alone.inquiry, "its score is discarded"
+    half.scored(alone, replace(score(alone), usage={"judge/requests": 1.0}))
+    for count in (1, 1, 2):
+        batch = half.waiting.pop(0)
+        assert batch.size == count
+        half.scored(batch, replace(score(batch), usage={"judge/requests": 2.0}))
+    assert half.scores().usage == {"judge/requests": 7.0}

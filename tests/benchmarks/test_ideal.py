@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 
-from benchmarks.overlap import PROPORTIONS, model_row
-from benchmarks.stand_in_run import Proportion, ideal_seconds
+from benchmarks.overlap import PROPORTIONS, WORKERS, model_row, pairs
+from benchmarks.stand_in_run import DeviceTime, Proportion, device_time, ideal_seconds
 from benchmarks.stand_ins import StandInLearner, StandInRewardWorker, StandInSampler
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.sampler import Sampler
@@ -58,6 +58,21 @@ def test_each_side_and_the_latency_decide_in_some_setting() -> None:
     assert deciding == {"sampling", "scoring", "learning", "the way through all"}
 
 
+def test_a_devices_time_is_what_its_two_processes_worked_within_the_window() -> None:
+    sampling, learning = [(0.0, 2.0), (2.5, 4.0), (9.0, 11.0)], [(3.0, 8.0)]
+    # Of 1 s to 11 s: 1 + 1.5 + 2 s, and 5 s, of which 1 s beside the sampler.
+    assert device_time(sampling, learning, (1.0, 11.0)) == DeviceTime(0.45, 0.5, 0.1)
+    assert device_time(sampling, learning, (1.0, 11.0)).busy == pytest.approx(0.85)
+    assert device_time([], [(20.0, 30.0)], (1.0, 11.0)) == DeviceTime(0, 0, 0)
+
+
+@pytest.mark.parametrize("devices", WORKERS)
+def test_devices_shared_in_turns_can_ideally_be_busy_for_nine_tenths_of_a_round(devices: int) -> None:
+    proportion = pairs(devices)
+    assert proportion.ideal(0) == pytest.approx(2.0 + 0.1 + 4.26)  # two tasks in turn per reward worker at the end
+    assert (proportion.sampling + proportion.update) / proportion.ideal(0) > 0.98
+
+
 def test_the_models_row_excludes_rounds_without_overlap() -> None:
     metrics = [
         {"seconds/sample": 2.0, "seconds/score": 0.2, "seconds/learn": 1.0, "seconds/round": seconds}
@@ -69,9 +84,10 @@ def test_the_models_row_excludes_rounds_without_overlap() -> None:
 @pytest.mark.parametrize(
     ("stand_in", "real", "methods"),
     [
-        (StandInSampler, Sampler, ("ready", "stacks", "forget", "sample")),
+        (StandInSampler, Sampler, ("ready", "stacks", "sleep", "forget", "sample")),
         (StandInRewardWorker, RewardWorker, ("ready", "stacks", "score")),
-        (StandInLearner, Learner, ("stacks", "weights", "state", "load_state", "begin", "lead")),
+        (StandInLearner, Learner, ("join", "stacks", "sleep", "weights", "state", "load_state")),
+        (StandInLearner, Learner, ("begin", "lead", "follow")),
     ],
 )
 def test_a_stand_in_has_the_real_actors_signature(stand_in: type, real: type, methods: tuple[str, ...]) -> None:

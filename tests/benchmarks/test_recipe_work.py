@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.recipe_work import FLOPS_A_SECOND, NAMES, RECIPES, image_work, row_work
+from benchmarks.recipe_work import NAMES, RECIPES, operations
 from ray_ddpo.common.diffusion.families.flux import Flux
 from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.commands.plan.balance import RATE
 from ray_ddpo.deploy.driver.components import build_components
 
 PAGE = (Path(__file__).parents[2] / "docs" / "model_families.md").read_text()
@@ -30,10 +31,11 @@ def test_flux_operations_follow_from_its_layer_sizes() -> None:
     """Count twelve billion parameters on the meta device, which takes a quarter of a minute."""
     components = build_components(Recipe.load(RECIPES / "families" / "flux_dev_pickscore.toml", []))
     assert isinstance(components.policy, Flux)
-    row = row_work(components.policy, components.recipe.sampling)
+    row = components.policy.sizes(components.recipe.sampling).work
+    assert row is not None and row.branches == 1
     assert row.forward == flux_forward(components.policy.lora.rank)
     # Backward: as much for activations, in attention twice as much, and a little for the adapters' own gradients.
-    assert 2.0 < row.both / row.forward < 2.15 and row.recomputed == row.forward
+    assert 2.0 < row.both / row.forward < 2.15
 
 
 def figures_of(name: str) -> tuple[str, str]:
@@ -47,8 +49,8 @@ def figures_of(name: str) -> tuple[str, str]:
 @pytest.mark.parametrize("name", ["sd15_aesthetic", "families/sd35_medium_pickscore", "families/flux_dev_pickscore"])
 def test_the_page_shows_the_counted_operations(name: str) -> None:
     recipe = Recipe.load(RECIPES / f"{name}.toml", [])
-    flops = image_work(build_components(recipe))
-    hours = flops * recipe.images_per_round * recipe.rounds / FLOPS_A_SECOND / 3600
+    flops = operations(recipe)
+    hours = flops * recipe.images_per_round * recipe.rounds / RATE / 3600
     assert figures_of(name) == (f"{flops / 1e12:,.0f}", f"{hours:.0f}")
 
 

@@ -63,6 +63,7 @@ def test_costs_are_separated_and_extrapolated() -> None:
     assert driver["image"] == pytest.approx(0, abs=1e-6)
     assert costs["driver_peak"]["image"] == pytest.approx(0.01)
     paper = on_paper(costs, Setting(1_000_000, 8, samplers=10_000))
+    assert driver["task and further rank"] == 0  # all of these settings have one rank
     assert paper["driver_cpu"] == pytest.approx(250 + 10) and paper["driver_peak"] == pytest.approx(10_000)
 
 
@@ -76,7 +77,7 @@ def test_tables_have_one_line_per_measurement() -> None:
     [
         (SamplerHost, Sampler, ("ready", "stacks", "forget", "sample")),
         (ScorerStandIn, RewardWorker, ("ready", "stacks", "score", "score_together")),
-        (LearnerStandIn, Learner, ("ready", "stacks", "weights", "state", "lead")),
+        (LearnerStandIn, Learner, ("ready", "stacks", "join", "weights", "state", "lead", "follow")),
     ],
 )
 def test_a_stand_in_has_the_real_actors_signature(stand_in: type, real: type, methods: tuple[str, ...]) -> None:

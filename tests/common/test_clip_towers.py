@@ -70,7 +70,7 @@ def test_a_prompt_that_occurs_several_times_is_encoded_once(folder: Path, images
         asked.append(prompts)
         return towers.embed_texts(prompts)
 
-    counting = ClipTowers(towers.embed_images, embed_texts, towers.logit_scale, "cpu")
+    counting = ClipTowers(towers.embed_images, embed_texts, towers.logit_scale, "cpu", towers.embed_with_gradient)
     prompts = ["dog", "cat", "dog", "dog", "cat"]
     cosines = counting.cosines(images, prompts)
     assert asked == [["dog", "cat"]]

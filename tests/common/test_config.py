@@ -94,7 +94,7 @@ def test_a_recipe_cannot_be_changed(recipe: Recipe) -> None:
         ("sampling.num_steps", 1001, "sampling.num_steps is 1001: input should be less than or equal to 1000"),
         ("sampling.num_steps", 2.5, "sampling.num_steps is 2.5: input should be a valid integer"),
         ("sampling.eta", 0, "sampling.eta is 0: input should be greater than 0"),
-        ("sampling.eta", 1.1, "sampling.eta is 1.1: input should be less than or equal to 1"),
+        ("sampling.eta", 2.1, "sampling.eta is 2.1: input should be less than or equal to 2"),
         ("sampling.guidance_scale", -1, "sampling.guidance_scale is -1: input should be greater than or equal to 0"),
         ("sampling.latents_dtype", "int8", "sampling.latents_dtype is 'int8': input should be 'float32', 'float16' or"),
         ("prompts.images_per_prompt", 0, "prompts.images_per_prompt is 0: input should be greater than or equal to 1"),

@@ -4,11 +4,14 @@ import pickle
 import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from ray_ddpo.common.recipe.registry import Component, build, explain, import_object
+
+Steps = Annotated[int, Field(ge=1)]
 
 
 class Inner(BaseModel, extra="forbid"):
@@ -19,6 +22,11 @@ class Cooked(Component):
     clip_range: float = Field(default=1e-4, gt=0)
     inner: Inner = Inner()
     inners: tuple[Inner, ...] = ()
+    size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    steps: Steps | tuple[Steps, Steps] | None = None
+    weights: tuple[float, ...] | Literal["noise", "flat"] = ()
+    switch: bool | Literal["auto"] = "auto"
+    most: int = Field(default=3, ge=1, le=9)
 
 
 class Plain(Component):
@@ -60,7 +68,7 @@ def test_building_leaves_the_table_unchanged() -> None:
     [
         (
             {"clip_rang": 1},
-            "algorithm.clip_rang is not a key that is known: the keys here are ['clip_range', 'inner', 'inners', 'name']",
+            "algorithm.clip_rang is not a key that is known: the keys here are ['clip_range', 'inner', 'inners', 'most', 'name'",
         ),
         ({"clip_range": 0}, "algorithm.clip_range is 0: input should be greater than 0"),
         ({"clip_range": float("inf")}, "algorithm.clip_range is inf: input should be a finite number"),
@@ -74,6 +82,32 @@ def test_an_error_names_the_key_its_value_and_what_is_allowed(keys: dict, messag
     with pytest.raises(ValueError) as error:
         build(REGISTRY, {"name": "cooked", **keys}, "algorithm")
     assert str(error.value).startswith(message)
+
+
+STEPS = "a whole number of at least 1, or a list of 2 whole numbers of at least 1"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"size": 0}, 'algorithm.size is 0: it must be a whole number of at least 1, or "auto"'),
+        ({"size": "big"}, "algorithm.size is 'big': it must be a whole number of at least 1, or \"auto\""),
+        ({"steps": 0}, f"algorithm.steps is 0: it must be {STEPS}"),
+        ({"steps": [1]}, f"algorithm.steps is [1]: it must be {STEPS}"),
+        ({"steps": [0, 2]}, f"algorithm.steps is [0, 2]: it must be {STEPS}"),
+        ({"steps": True}, f"algorithm.steps is True: it must be {STEPS}"),
+        ({"steps": [True, 2]}, f"algorithm.steps is [True, 2]: it must be {STEPS}"),
+        ({"weights": "no"}, 'algorithm.weights is \'no\': it must be a list of numbers, or "noise", or "flat"'),
+        ({"weights": [1, "x"]}, 'algorithm.weights is [1, \'x\']: it must be a list of numbers, or "noise", or "flat"'),
+        ({"switch": 7}, 'algorithm.switch is 7: it must be true or false, or "auto"'),
+        ({"most": True}, "algorithm.most is True: it must be a whole number of at least 1 and of at most 9"),
+    ],
+)
+def test_a_key_of_several_types_has_one_error_with_its_own_name(keys: dict, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        build(REGISTRY, {"name": "cooked", **keys}, "algorithm")
+    assert str(error.value) == message
+    assert build(REGISTRY, {"name": "cooked", "switch": True, "steps": [1, 2]}, "algorithm").switch is True
 
 
 def test_all_errors_are_reported_at_once() -> None:

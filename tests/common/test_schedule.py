@@ -200,8 +200,16 @@ def test_a_sliding_window_moves_every_few_rounds_and_starts_over(tables: dict) -
             "sde_window is 2 and timestep_fraction 0.5: .* either from a window",
         ),
         ({"sde_window": 0}, "sampling.sde_window is 0"),
+        (
+            {"deterministic": True, "skip_last_steps": 2},
+            "skip_last_steps is 2 and deterministic is true: no step of such a trajectory is trained on",
+        ),
+        (
+            {"cache_interval": 2, "skip_first_steps": 1},
+            "skip_first_steps is 1 and there is a cache or a solver and no sde_window",
+        ),
     ],
 )
-def test_a_window_that_cannot_be_is_refused(keys: dict, text: str, tables: dict) -> None:
+def test_a_choice_of_steps_that_cannot_be_is_refused(keys: dict, text: str, tables: dict) -> None:
     with pytest.raises(ValueError, match=text):
         windowed(tables, **keys)

@@ -33,9 +33,9 @@ def test_a_folder_of_that_name_does_not_hide_a_shipped_recipe(elsewhere: Path) -
 @pytest.mark.parametrize(
     ("wrong", "near"),
     [
-        ("grpo", ["tiny/grpo"]),
+        ("grpo", ["tiny/grpo", "tiny/dgpo", "tiny/mixgrpo"]),
         ("deploy/recipes/demo.tml", ["demo"]),
-        ("sd15_aestetic", ["sd15_aesthetic", "families/sd21_aesthetic", "families/sdxl_aesthetic"]),
+        ("sd15_aestetic", ["sd15_aesthetic", "families/sd21_aesthetic", "families/sd15_draft_aesthetic"]),
         ("nothing like that", []),
         ("", []),
     ],
@@ -43,6 +43,8 @@ def test_a_folder_of_that_name_does_not_hide_a_shipped_recipe(elsewhere: Path) -
 def test_an_unknown_name_is_refused_with_the_near_ones(wrong: str, near: list[str]) -> None:
     assert near_recipes(wrong) == near
     with pytest.raises(
-        ValueError, match="the name of a shipped recipe" + (f"; did you mean {near[0]}" if near else "$")
+        ValueError,
+        match="the name of a shipped recipe"
+        + (f"; did you mean {near[0]}" if near else ", such as demo or tiny/grpo$"),
     ):
         Recipe.load(wrong)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
 from ray_ddpo.common.diffusion.policy import select_rows
 from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.registry import build
-from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
+from ray_ddpo.common.trajectory import COLUMNS, NoisedBatch, RestartBatch, TransitionBatch
 from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.algorithms.algorithm import Algorithm, TransitionLoss
+from ray_ddpo.learner.algorithms.reward_gradient import RewardGradient
+from tests.restarts import with_reward
 from tests.tiny_policy import SAMPLING, scatter, tiny_policy
 
 CORRECTED = {"ratio": "proximal", "importance_weight": 1e-3, "max_drift_nats": 1e6}
@@ -22,9 +25,16 @@ CHOICES = [
     *({"name": name} for name in ALGORITHMS),
     {"name": "ddpo_is", "off_policy": CORRECTED},
     {"name": "ddpo_is", "clip_nats": 0.1, "step_weights": [1.0, 0.5, 2.0, 1.0]},
+    {"name": "grpo", "clip_range": 1e-4, "clip_range_high": 2e-4, "dual_clip": 1.001},
+    {"name": "grpo_guard", "off_policy": CORRECTED},
+    {"name": "flow_dppo", "off_policy": CORRECTED, "kl_coef": 0.1},
+    {"name": "grpo", "step_weights": "noise_level"},
     {"name": "rwr", "over": "prompt"},
+    {"name": "awm", "kl_coef": 0.01, "behavior_kl_coef": 1.0},
+    {"name": "diffusion_nft", "kl_coef": 0.01},
+    {"name": "dgpo", "kl_coef": 0.01},
 ]
-Batch = TransitionBatch | NoisedBatch
+Batch = TransitionBatch | NoisedBatch | RestartBatch
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +51,9 @@ def batches(policy: StableDiffusionPolicy) -> dict[str, Batch]:
     clean, noise = trajectory.final_latents[images], torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     timesteps = torch.tensor([20, 900, 500, 300, 700, 100, 990, 600])
     with torch.no_grad():
-        old = policy.denoise(clean, noise, timesteps, conditioning)[0]
+        old, target = policy.denoise(clean, noise, timesteps, conditioning)
+        rows = trajectory.latents[images, places], trajectory.steps[images, places], conditioning
+        means = policy.transition(*rows).mean
     scatter(policy.network, deviation=1e-3, seed=8)
     path = TransitionBatch(
         conditioning,
@@ -50,26 +62,57 @@ def batches(policy: StableDiffusionPolicy) -> dict[str, Batch]:
         trajectory.next_latents[images, places],
         trajectory.log_probs[images, places],
         torch.tensor([1.5, -1.0, 0.3, -7.0, 0.3, 7.0, -1.0, 1.5]),
+        proximal_means=means,
+        behavior_means=means,
         reference_means=trajectory.next_latents[images, places],  # any reference means will do
     )
     weights = torch.tensor([1.0, 0.2, 0.6, 0.9, 0.1, 0.3, 0.7, 1.0])
-    return {"path": path, "noised": NoisedBatch(conditioning, timesteps, clean, noise, weights, old)}
+    noises = torch.randn(4, 8, 4, 8, 8, generator=torch.Generator().manual_seed(6))
+    texts = ("a cat", "a dog", "a horse", "a cow", "a cow", "a horse", "a dog", "a cat")
+    starts, latents = tuple(places.tolist()), trajectory.latents[images, places]
+    restarts = RestartBatch(conditioning, starts, latents, dict(enumerate(noises)), texts, ({},) * 8)
+    noised = NoisedBatch(
+        conditioning,
+        timesteps,
+        clean,
+        noise,
+        weights,
+        old_predictions=old,
+        reference_predictions=0.9 * old,  # any reference will do
+        old_errors=(old - target).square().flatten(1).mean(1),
+        reference_errors=1.1 * (old - target).square().flatten(1).mean(1),
+        coupling=torch.stack([torch.linspace(0.1, 0.8, 8), weights, torch.ones(8), torch.zeros(8)], 1),
+    )
+    return {"path": path, "noised": noised, "restarts": restarts}
 
 
 @pytest.fixture(params=CHOICES, ids=lambda table: "-".join([table["name"], *list(table)[1:]]))
 def algorithm(request: pytest.FixtureRequest) -> Algorithm:
-    return build(ALGORITHMS, request.param, "algorithm")
+    made = build(ALGORITHMS, request.param, "algorithm")
+    return with_reward(made) if isinstance(made, RewardGradient) else made
 
 
 @pytest.fixture
 def batch(algorithm: Algorithm, batches: dict[str, Batch]) -> Batch:
+    if algorithm.restarts_per_image:
+        return batches["restarts"]
     if algorithm.noised_samples_per_image:
-        return batches["noised"]
-    path = batches["path"]
-    return path if "reference_means" in algorithm.columns else dataclasses.replace(path, reference_means=None)
+        noised = batches["noised"]
+        unasked: dict[str, Any] = {name: None for name in COLUMNS if name not in algorithm.columns}
+        known = {name: None for name in unasked if hasattr(noised, name)}
+        return dataclasses.replace(noised, **known, **({} if algorithm.compares_groups else {"coupling": None}))
+    means = ("proximal_means", "behavior_means", "reference_means")
+    return dataclasses.replace(batches["path"], **dict.fromkeys(set(means) - algorithm.columns))
 
 
 def rows_of(batch: Batch, index: torch.Tensor) -> Batch:
+    if isinstance(batch, RestartBatch):
+        chosen = {name: tuple(getattr(batch, name)[row] for row in index) for name in ("starts", "prompts", "metadata")}
+        conditioning = {name: value[index] for name, value in batch.conditioning.items()}
+        noise = {step: value[index] for step, value in batch.noise.items()}
+        return dataclasses.replace(
+            batch, conditioning=conditioning, noise=noise, latents=batch.latents[index], **chosen
+        )
     tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     conditioning = {name: value[index] for name, value in tensors.pop("conditioning").items()}
     rows = {name: value[index] for name, value in tensors.items() if value is not None}
@@ -100,7 +143,7 @@ def test_every_transition_has_one_finite_loss(
     assert result.loss.unique().numel() > 1
     torch.testing.assert_close(torch.stack(list(result.terms.values())).sum(0), result.loss)
     assert result.clipped is None or set(result.clipped.tolist()) <= {0.0, 1.0}
-    assert (result.log_ratio is None) == isinstance(batch, NoisedBatch)
+    assert (result.log_ratio is not None) == isinstance(batch, TransitionBatch)
 
 
 def test_only_the_loss_has_a_gradient_and_it_reaches_every_adapter_and_nothing_else(
@@ -137,6 +180,8 @@ def test_images_without_an_advantage_teach_nothing(
     algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch
 ) -> None:
     """Check that no advantage gives no gradient. Weights and r are only ever relative, and so are not checked here."""
+    if isinstance(batch, RestartBatch):
+        return  # its loss reads no advantages
     if isinstance(batch, NoisedBatch):
         assert algorithm.compute_advantages({}, ["a cat"] * 4, np.ones(4), 4)[1].std() == 0
         return
@@ -152,22 +197,27 @@ def test_a_better_image_becomes_more_likely_by_a_small_step_down_the_loss(
     wanted = rows_of(batch, torch.tensor([0, 7]))
     if isinstance(wanted, TransitionBatch):  # on the policy's own data, and without a pull elsewhere
         fresh = wanted.old_log_probs + algorithm.compute_loss(policy, wanted).log_ratio
-        wanted = dataclasses.replace(wanted, old_log_probs=fresh, reference_means=None)
-    before = likelihood(policy, wanted)
+        own = dict.fromkeys(("proximal_means", "behavior_means", "reference_means"))
+        wanted = dataclasses.replace(wanted, old_log_probs=fresh, **own)
+    before = likelihood(policy, wanted, algorithm)
     slopes = gradients(policy, algorithm.compute_loss(policy, wanted).loss)
     parameters = trained_parameters(policy.network)
+    length = torch.stack([slopes[name].norm() for name in parameters]).norm()
+    step = 2e-3 / float(length)  # the same distance for every algorithm: ReFL's loss is a thousandth of the reward
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.sub_(slopes[name], alpha=1e-3)
-        after = likelihood(policy, wanted)
+            parameter.sub_(slopes[name], alpha=step)
+        after = likelihood(policy, wanted, algorithm)
         for name, parameter in parameters.items():
-            parameter.add_(slopes[name], alpha=1e-3)
+            parameter.add_(slopes[name], alpha=step)
     assert after > before
 
 
 @torch.no_grad()
-def likelihood(policy: StableDiffusionPolicy, batch: Batch) -> float:
-    """Return the log-prob of the sampled steps; for noised images, minus the denoising error."""
+def likelihood(policy: StableDiffusionPolicy, batch: Batch, algorithm: Algorithm) -> float:
+    """Return the log-prob of the sampled steps; for noised images, minus the denoising error; for restarts, the reward."""
+    if isinstance(batch, RestartBatch):
+        return float(algorithm.compute_loss(policy, batch).reward.double().sum())
     if isinstance(batch, TransitionBatch):
         transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
         return float(transition.log_prob(batch.next_latents).double().sum())

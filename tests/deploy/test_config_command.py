@@ -107,7 +107,12 @@ def test_a_component_is_described_with_its_own_defaults() -> None:
     ("section", "says"),
     [
         ("samplin", "there is no section 'samplin' in a recipe: .*; did you mean sampling?"),
-        ("algorithm.grpp", r"algorithm.name is 'grpp': it must be one of \['ddpo_is'"),
+        (
+            "algorithm.off_policy",
+            "off_policy is a key of components and not a component: `ddpo config algorithm.ddpo_is`",
+        ),
+        ("policy.lora.rank", "`ddpo config policy.stable_diffusion` prints it, as it does for sdxl"),
+        ("algorithm.grpp", r"algorithm.name is 'grpp': it must be one of \[.*'ddpo_is'"),
         ("guard.entropy", "section 'guard' names no component: those that do are policy, prompts"),
     ],
 )

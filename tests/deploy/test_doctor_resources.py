@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.commands.doctor.checks import Finding
 from ray_ddpo.deploy.commands.doctor.resources import (
@@ -96,6 +97,50 @@ def test_cores_are_shared_in_turns_at_lag_0_and_at_once_with_lag(tables: dict) -
     assert cores_finding(recipe, 2).level == "ok"
     finding = cores_finding(recipe.model_copy(update={"max_policy_lag": 1}), 2)
     assert finding.level == "warning" and "3 CPUs" in finding.found
+
+
+def colocated(tables: dict, pairs: int, **changes: dict) -> Recipe:
+    roles = {"learner": {"world_size": pairs, "colocated": True, "num_gpus": 0.5}, "samplers": {"num_gpus": 0.4}}
+    roles["samplers"]["count"] = pairs
+    return with_roles(tables, **{**roles, **changes})
+
+
+def test_a_pair_has_one_place_and_leaves_the_rest_of_its_gpu(tables: dict) -> None:
+    recipe = colocated(tables, 2, reward_workers={"count": 3, "num_gpus": 0.1})
+    found = by_subject(place_findings(roles_of(recipe), [{"CPU": 8, "GPU": 2}]))
+    assert "samplers" not in found and "learner" not in found
+    assert found["learner+sampler"].found == "2 of 2 have a place; each asks for CPU 2, GPU 0.9"
+    assert found["reward_workers"].found.startswith("2 of 3 have a place"), "a tenth of each GPU is left"
+
+
+def test_no_two_pairs_are_on_one_gpu_whatever_they_ask_for(tables: dict) -> None:
+    small = {"learner": {"world_size": 4, "colocated": True, "num_gpus": 0.3}}
+    recipe = colocated(tables, 4, **small, samplers={"count": 4, "num_gpus": 0.3})
+    finding = by_subject(place_findings(roles_of(recipe), [{"CPU": 16, "GPU": 3}]))["learner+sampler"]
+    assert finding.level == "fault" and finding.found.startswith("3 of 4 have a place")
+    assert "asks for CPU 2, GPU 0.6, and lacks GPU (at most 0 free)" in finding.found
+    across = [{"CPU": 4, "GPU": 1}, {"CPU": 8, "GPU": 3}]
+    assert by_subject(place_findings(roles_of(recipe), across))["learner+sampler"].level == "ok"
+
+
+def test_a_pairs_two_processes_share_a_gpus_memory_in_turns(tables: dict, numbers: Plan) -> None:
+    recipe, machine = colocated(tables, 2), FreeMemory(64 * GIGABYTE, (10 * GIGABYTE, 10 * GIGABYTE))
+    sizes = replace(numbers.sizes, learner=PeakBytes(3e9, 1e9), sampling=PeakBytes(2e9, 1e9))
+    pair = replace(numbers, sizes=sizes)  # 3 + 2 GB of weights and states, beside 5 GB or 2 GB
+    assert pair.pair_bytes == 10 * GIGABYTE
+    found = by_subject(memory_findings(recipe, pair, machine))
+    assert "11.20 GB on the fullest GPU" in found["GPU memory"].found, "with CUDA's own of two processes"
+    assert found["memory"].found.startswith(f"{1 + 6 * 0.45:.2f} GB for 6 processes")
+    on_cpu = colocated(tables, 2, learner={"world_size": 2, "colocated": True}, samplers={"count": 2})
+    assert by_subject(memory_findings(on_cpu, pair, machine))["memory"].found.startswith(
+        f"{2 * (8 + 4) + 1 + 6 * 0.45:.2f} GB for 6 processes"
+    )
+
+
+def test_colocated_roles_use_their_cores_in_turns(tables: dict) -> None:
+    assert cores_finding(colocated(tables, 2), 3).found.startswith(
+        "3 here, and 3 CPUs"
+    )  # two samplers, a reward worker
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def recipe_file(tables: dict, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is on no cluster, and nothing says where one is."""
-    assert not ray.is_initialized()
+    ray.shutdown()  # a cluster that tests of this process share, which starts again when one needs it
     for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
         monkeypatch.delenv(name, raising=False)
 
@@ -198,3 +198,24 @@ def test_an_address_that_is_none_is_shown_with_the_form_that_is_expected(
     exit_code, printed = run(capfd, "train", recipe_file)
     assert exit_code == 2 and "Traceback" not in printed
     assert f"RAY_ADDRESS {address!r}" in printed and "host:6379" in printed
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "another error"])
+def test_ray_that_does_not_start_in_time_is_one_line(
+    train: bool, recipe_file: Path, no_cluster: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Ray's own wait is 30 s, so that `ray.init` is replaced by what it raises then: a bare Exception."""
+
+    def too_late(**options: object) -> None:
+        text = (
+            "The current node timed out during startup. This could happen because some of the raylet failed to startup."
+        )
+        raise Exception(text) if train else LookupError(text)
+
+    monkeypatch.setattr(ray, "init", too_late)
+    if train:
+        exit_code = cli.main(["train", str(recipe_file)])
+        assert_documented("Ray's processes do not start in time", exit_code, "".join(capfd.readouterr()))
+    else:  # what is no timeout keeps its kind
+        with pytest.raises(LookupError):
+            cluster.start_here(1)

@@ -52,6 +52,15 @@ def test_settings_are_printed_and_kept_and_differences_are_reported(
     assert (run / "evaluation/evaluation.json").read_bytes() == kept
 
 
+def test_a_run_from_before_keys_that_change_no_image_is_no_different(run: Path, capsys: pytest.CaptureFixture) -> None:
+    lines = (run / "recipe.toml").read_text().splitlines(keepends=True)
+    older = [line for line in lines if not line.startswith(("kl_reward", "deterministic", "backprop_steps"))]
+    assert len(older) < len(lines)
+    (run / "recipe.toml").write_text("".join(older))
+    assert cli.main(["evaluate", str(run)]) == 0
+    assert "in the training of" not in capsys.readouterr().out
+
+
 def test_report_and_sample_report_differing_settings_too(run: Path, capsys: pytest.CaptureFixture) -> None:
     differs = f"sampling.num_steps is 6 here, and was 4 in the training of {run}"
     capsys.readouterr()
@@ -64,3 +73,35 @@ def test_report_and_sample_report_differing_settings_too(run: Path, capsys: pyte
     assert cli.main(["sample", "--lora", str(run), "fox"]) == 0
     said = capsys.readouterr().err
     assert "in the training of" not in said and f"{run}/samples/000-fox-seed0.png was there and is replaced" in said
+
+
+def test_an_evaluation_takes_fewer_steps_than_the_training_propagates_gradients_through(
+    tables: dict, capsys: pytest.CaptureFixture
+) -> None:
+    sampling = {**tables["sampling"], "backprop_steps": [1, 3]}
+    tables |= {"rounds": 1, "sampling": sampling, "reward": {"name": "brightness"}, "algorithm": {"name": "draft"}}
+    tables["learner"] |= {"micro_batch_size": 4}
+    recipe = Recipe.parse({**tables, "evaluation": {"images": 2, "batch_size": 2}})
+    run_training(recipe, serial=True)
+    few = ("--sampling.num_steps", "2")
+    assert cli.main(["evaluate", recipe.run_path(), *few]) == 0
+    assert "sampled with 2 steps" in capsys.readouterr().out
+    settings = json.loads((Path(recipe.run_path()) / "evaluation/evaluation.json").read_text())["settings"]
+    assert settings["sampling.num_steps"] == 2 and "sampling.backprop_steps" not in settings
+    assert cli.main(["train", f"{recipe.run_path()}/recipe.toml", "--serial", "--name", "other", *few]) == 2
+    assert "sampling.backprop_steps is [1, 3] and sampling.num_steps 2" in capsys.readouterr().err
+
+
+def test_the_weights_of_a_run_on_gradients_are_evaluated_by_a_reward_that_has_none(
+    tables: dict, capsys: pytest.CaptureFixture
+) -> None:
+    tables |= {"rounds": 1, "reward": {"name": "brightness"}, "algorithm": {"name": "draft"}}
+    tables["sampling"] |= {"backprop_steps": 1}
+    tables["learner"] |= {"micro_batch_size": 4}
+    recipe = Recipe.parse({**tables, "evaluation": {"images": 2, "batch_size": 2}})
+    run_training(recipe, serial=True)
+    other = ("--reward.name", "jpeg_compressibility")
+    assert cli.main(["evaluate", recipe.run_path(), *other]) == 0, capsys.readouterr().err
+    assert "jpeg_compressibility" in capsys.readouterr().out
+    assert cli.main(["train", f"{recipe.run_path()}/recipe.toml", "--serial", "--name", "other", *other]) == 2
+    assert "which needs the gradient of the reward" in capsys.readouterr().err

@@ -103,9 +103,17 @@ def test_processes_multiply_the_batches_and_the_accumulation() -> None:
     recipe = recipe_of(migrated)
     assert (recipe.sampling.batches_per_round, recipe.images_per_round) == (16, 96)
     assert (recipe.learner.batch_size, recipe.learner.gradient_accumulation_steps) == (3, 8)
-    gpus = recipe.learner.num_gpus + recipe.samplers.count * recipe.samplers.num_gpus + recipe.reward_workers.num_gpus
-    assert recipe.samplers.count == 3 and gpus == pytest.approx(3.8)  # of accelerate's four
+    # Each of accelerate's four GPUs samples and learns, as in TRL; the reward worker is on one of them.
+    assert (recipe.samplers.count, recipe.learner.world_size) == (4, 4)
+    assert recipe.learner.num_gpus == 0.55 and recipe.samplers.num_gpus == pytest.approx(0.45 - 0.1)
     assert "did not take it" in paragraphs(migrated, "Carried over with a difference:")
+
+
+def test_the_head_names_the_layout() -> None:
+    four = migrate(BLOG, 4, *SD15[1:]).toml
+    assert "# For 4 GPUs: 4 GPUs, each with a sampler and a learner rank in turns, as many GPUs as" in four
+    assert "# For 1 GPU for all roles, as many GPUs as accelerate had." in migrate(BLOG, *SD15).toml
+    assert "as many GPUs as" not in migrate(BLOG, 1, "tiny_animals", "jpeg_compressibility").toml
 
 
 @pytest.mark.parametrize(
@@ -125,6 +133,13 @@ def test_a_micro_batch_divides_an_optimizer_step(train_batch: int, accumulated: 
     config = {"train_batch_size": train_batch, "train_gradient_accumulation_steps": accumulated}
     run = TrlRun(DDPOConfig.model_validate(config | {"sample_num_steps": steps}), processes=1)
     assert run.micro_batch_size == micro and train_batch * accumulated * steps % micro == 0
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7, 8])
+def test_any_number_of_processes_gives_as_many_ranks_that_share_a_step(processes: int) -> None:
+    recipe = recipe_of(migrate({"sample_num_steps": 7, "train_batch_size": 2}, processes, *SD15[1:]))
+    assert recipe.learner.world_size == recipe.samplers.count == processes
+    assert recipe.learner.images_per_rank == 2 and recipe.learner.micro_batch_size == 2  # 2 × 7 transitions a rank
 
 
 def test_a_buffer_that_never_holds_min_count_is_the_rounds_statistics() -> None:
@@ -251,7 +266,8 @@ def test_a_migrated_config_trains_the_embedded_model(tmp_path: Path, monkeypatch
 
 def test_the_page_has_every_field_and_its_key() -> None:
     page = (ROOT / "docs" / "coming_from_trl.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    of_ddpo = page.partition("AlignPropConfig")[0]
+    rows = [line for line in of_ddpo.splitlines() if line.startswith("| `")]
     for field, counterpart in COUNTERPARTS.items():
         (row,) = [row for row in rows if f"`{field}`" in row.split("|")[1]]
         assert f"`{counterpart.key}`" in row.split("|")[2] or (counterpart.key, row.split("|")[2].strip()) == (

@@ -1,5 +1,6 @@
 """Recipe keys for numerics on GPUs: TF32, batch sizes, and roles that need too many GPUs. Runs without a GPU."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from ray_ddpo.deploy.commands.doctor.resources import place_findings, roles_of
 from ray_ddpo.deploy.driver import workers
 from ray_ddpo.deploy.driver.components import Components, components_of
 from ray_ddpo.deploy.driver.numerics_notes import rows_note
-from ray_ddpo.learner.checkpoints.resume import _differences
+from ray_ddpo.learner.checkpoints.resume import FREE, _differences
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.deploy.manifests import ROOT
 
@@ -35,9 +36,26 @@ def test_tf32_is_off_or_on_in_convolutions_and_matrix_products_alike(tf32: bool,
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_attention_has_the_same_kernels_with_and_without_determinism(deterministic: bool, switches: None) -> None:
+    assert_accepted("`runtime.deterministic`")
+    cuda = torch.backends.cuda
+    cuda.enable_cudnn_sdp(True)
+    cuda.enable_flash_sdp(False)
+    try:
+        settle(RuntimeTable(deterministic=deterministic))
+        assert not cuda.cudnn_sdp_enabled()
+        assert cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled() and cuda.math_sdp_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_run_from_before_the_key_resumes() -> None:
-    assert _differences({"runtime": {"threads": 1}}, {"runtime": {"threads": 1, "tf32": False}}, []) == []
-    assert _differences({"runtime": {"tf32": True}}, {"runtime": {"tf32": False}}, [])
+    defaults = {"policy": {"compile_blocks": False}, "runtime": {"tf32": False}}
+    assert _differences({"policy": {}}, {"policy": {"cuda_graphs": "auto"}}, list(FREE), defaults) == []
+    assert _differences({"policy": {}}, {"policy": {"compile_blocks": False}}, [], defaults) == []
+    assert _differences({"runtime": {"threads": 1}}, {"runtime": {"threads": 1, "tf32": False}}, [], defaults) == []
+    assert _differences({"runtime": {"tf32": True}}, {"runtime": {"tf32": False}}, [], defaults)
 
 
 def components_of_tables(tables: dict, **changes: Any) -> Components:
@@ -82,15 +100,9 @@ def test_roles_that_do_not_fit_together_are_refused_at_once(tables: dict, monkey
 
 
 def test_the_families_recipes_fit_on_the_gpus_that_they_name() -> None:
-    named = {"Four GPUs": 4}
-    found = 0
-    for file in sorted((ROOT / "deploy" / "recipes" / "families").glob("*.toml")):
-        recipe, text = Recipe.load(str(file)), file.read_text()
-        count = next((count for words, count in named.items() if words.lower() in text.lower()), None)
-        if count is None:
-            continue
-        found += 1
-        roles = roles_of(recipe)
+    files = sorted((ROOT / "deploy" / "recipes" / "families").glob("*.toml"))
+    for file in files:
+        (count,) = re.findall(r"^# For (\d+) GPUs? of \d+ GB", file.read_text(), re.MULTILINE)
         node = {"CPU": 256.0, "GPU": float(count)}
-        assert not [each for each in place_findings(roles, [node]) if each.level != "ok"], file.name
-    assert found == 4
+        assert not [each for each in place_findings(roles_of(Recipe.load(str(file))), [node]) if each.level != "ok"]
+    assert len(files) > 15

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from ray_ddpo import cli
+from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
 from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes
+from ray_ddpo.common.diffusion.memory.sizes import parameter_bytes
 from ray_ddpo.common.prompts import Animals
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_tasks
-from ray_ddpo.deploy.commands.plan.numbers import learner_peak, plan_of
-from ray_ddpo.deploy.commands.plan.plan import GIGABYTES, largest_micro_batch, plan
+from ray_ddpo.deploy.commands.plan.numbers import in_bytes, learner_peak, plan_of
+from ray_ddpo.deploy.commands.plan.plan import GIGABYTES, largest_micro_batch, largest_shared_micro_batch, plan
 from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.learner import Learner
 
@@ -84,6 +86,31 @@ def test_a_plan_for_gpus_prints_what_fits_on_each_size() -> None:
 
 def test_a_plan_for_cpus_has_no_table_of_gpus(recipe: Recipe) -> None:
     assert "GPU memory in GB" not in plan(recipe)
+
+
+def test_a_pair_is_planned_with_the_weights_of_both_and_one_roles_activations(tables: dict) -> None:
+    learner = {**tables["learner"], "world_size": 2, "num_gpus": 0.5}
+    samplers = {"count": 2, "num_gpus": 0.4}
+    apart = Recipe.parse({**tables, "learner": learner, "samplers": samplers})
+    recipe = Recipe.parse({**tables, "learner": {**learner, "colocated": True}, "samplers": samplers})
+    numbers, text = plan_of(recipe), plan(recipe)
+    rank, sampler = round(numbers.sizes.learner.fixed), round(numbers.sizes.sampling.fixed)
+    assert numbers.pair_bytes == max(numbers.learner_bytes + sampler, numbers.sampler_bytes + rank)
+    assert numbers.pair_bytes < numbers.learner_bytes + numbers.sampler_bytes
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
+    assert lines["rank and sampler on one GPU"].startswith(f"{in_bytes(numbers.pair_bytes)} at most")
+    assert lines["total memory"].startswith(f"{in_bytes(2 * numbers.pair_bytes)}: 2 learner ranks, 2 samplers")
+    assert lines["requested GPUs"].startswith("1.8 = learner ranks 1 + samplers 0.8 + reward workers 0, on 2 or more")
+    assert "rank and sampler" not in plan(apart)
+
+
+def test_the_largest_micro_batch_beside_a_sleeping_sampler(recipe: Recipe) -> None:
+    sizes = dataclasses.replace(plan_of(recipe).sizes, learner=PeakBytes(3e9, 1e9), sampling=PeakBytes(2e9, 1e9))
+    given = {"sizes": sizes, "transitions_per_step": 24, "ranks": 2, "conditioning_bytes": 0, "reduced_bytes": 0}
+    numbers = dataclasses.replace(plan_of(recipe), **given, sampler_bytes=4 * 10**9)
+    # 0.9 × (16 × 2**30 − 2 × 0.6e9) − 2e9 of the sampler − 3e9 leaves room for 9.4: the largest divisor of 12 is 6.
+    assert largest_shared_micro_batch(numbers, 16) == 6
+    assert largest_shared_micro_batch(dataclasses.replace(numbers, sampler_bytes=12 * 10**9), 16) == 0
 
 
 def test_an_auto_micro_batch_is_planned_as_one_transition(tables: dict) -> None:
@@ -193,7 +220,7 @@ def test_noised_samples_of_finished_images_are_counted(capsys: pytest.CaptureFix
         (["--algorithm.step_weights", "[1.0, 0.0]"], "step_weights has 2 numbers .* sampling.num_steps = 15 of them"),
         (
             ["--algorithm.kl_coef", "0.1", "--policy.train", "full"],
-            "policy.train is 'full' and .* needs reference_means, as it does if kl_coef is above 0",
+            "policy.train is 'full' and .* needs reference_means: .* \(kl_coef = 0; of dpo",
         ),
         (["--algorithm.clip_nats", "1"], "clip_range is 0.004 and clip_nats 1.0: give one of the two"),
     ],
@@ -235,14 +262,18 @@ def test_the_copy_of_the_network_is_counted_if_numerics_differ(tables: dict) -> 
         for keys in ({}, {"sampler_dtype": "bfloat16"}, {"sampler_dtype": "bfloat16", "merge_adapters": True})
     )
     without, numbers, with_merged = map(plan_of, (alike, half, merged))
-    components = build_components(merged)
-    copy = Learner(components.policy, components.algorithm, merged)._arrival_check._copy
-    assert copy is not None and copy.merged is not None
-    held = sum(parameter.nbytes for parameter in copy.network.parameters())
+    copies = []
+    for each in (half, merged):
+        components = build_components(each)
+        copies.append(Learner(components.policy, components.algorithm, each)._arrival_check._copy)
+    apart, copy = copies
+    assert apart is not None and copy is not None and copy.merged is not None
+    held, held_merged = (parameter_bytes(each.network) for each in (apart, copy))
     assert without.copy_bytes == 0 < numbers.copy_bytes == held
-    # Beside merged weights, those of the layers with adapters are kept.
+    # Adapters that are merged stay float32. Beside merged weights, those of the layers with adapters are kept.
+    adapters = sum(value.numel() for value in trained_parameters(copy.network).values())
     beside = sum(kept.nbytes for kept in copy.merged._pretrained)
-    assert with_merged.copy_bytes == held + beside and beside > 0
+    assert with_merged.copy_bytes == held_merged + beside and beside > 0 and held_merged == held + 2 * adapters
     # On a CPU the host's memory is the learner's; on a GPU it holds the copy only while a round is checked.
     assert numbers.learner_bytes == without.learner_bytes + held
     on_gpu = half.model_copy(update={"learner": half.learner.model_copy(update={"num_gpus": 1})})

@@ -62,7 +62,7 @@ def test_the_comparison_with_the_sampler_sees_other_weights(tables: dict[str, An
 
 def test_kernels_that_a_cpu_has_are_compared_and_the_others_named(tables: dict[str, Any]) -> None:
     noise = measured(tables)
-    kernels = {"math attention", "flash attention", "memory-efficient attention"}
+    kernels = {"math attention", "flash attention", "memory-efficient attention", "cuDNN attention"}
     compared = {comparison.name for comparison in noise.comparisons} & kernels
     assert compared | set(noise.unavailable) == kernels and "math attention" in compared
 

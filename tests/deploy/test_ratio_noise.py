@@ -141,6 +141,7 @@ def test_a_step_over_three_times_as_sensitive_as_the_median_is_to_be_left_out() 
     finding = noise_findings(leading, CLIP, SAMPLING)[1]
     assert finding.level == "warning" and "6.6 times" in finding.found and "step 8" in finding.found
     assert "skip_last_steps 2" in finding.advice
+    assert len(noise_findings(leading, None, SAMPLING, reads_log_probs=False)) == 1  # no step is learned from
 
 
 def test_the_bars_are_as_high_as_the_largest_step_and_zero_has_a_dot() -> None:

@@ -37,7 +37,9 @@ def test_a_long_run_is_averaged_and_says_so() -> None:
 def test_only_logged_metrics_are_plotted() -> None:
     rounds = [logged(0), logged(1, clip_fraction=0.5)]
     titles = [chart.title for chart in charts.run_charts(rounds, ["a"])]
-    assert titles == ["reward", "KL", "clip fraction", "seconds by part"]
+    assert titles == ["reward", "spread of rewards", "KL", "clip fraction", "seconds by part"]
+    mfu = charts.run_charts([logged(0, **{"mfu/sampler": 0.4}), logged(1, **{"mfu/sampler": 0.5})], ["a"])[-1]
+    assert mfu.title == "MFU" and [curve.name for curve in mfu.curves] == ["samplers"]
     assert "clip fraction" not in [chart.title for chart in charts.run_charts([logged(0)], ["a"])]
     rounds = [logged(0, **{"reward/a/mean": 1.0, "reward/a/std": 1.0, "reward/b/mean": 2.0})]
     assert [chart.title for chart in charts.run_charts(rounds, ["a", "b"])][:3] == ["reward", "reward a", "reward b"]

@@ -71,7 +71,7 @@ def test_the_doctor_asks_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
         (finding,) = reward_findings("reward", "http", right)
         assert finding.level == "ok"
         (finding,) = reward_findings("reward", "http", without)
-        assert finding.level == "fault" and f"http does not answer: {url} answered 401" in finding.found
+        assert finding.level == "fault" and f"http cannot score: {url} answered 401" in finding.found
     (finding,) = reward_findings("reward", "http", right)
     assert finding.level == "fault" and f"{url} does not answer: ConnectError" in finding.found and finding.advice
     with scripted((200, b"<html>Welcome</html>", {})) as (url, script):

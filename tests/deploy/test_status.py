@@ -55,6 +55,20 @@ def test_restarts_and_dropped_images_are_summed_without_a_half_written_line(tabl
     assert known["last_round"]["samplers/alive"] == 4
 
 
+@pytest.mark.parametrize(("keys", "shown"), [({}, False), ({"warmup_steps": 9}, True)])
+def test_the_learning_rate_is_shown_if_it_changes(tables: dict, keys: dict, shown: bool) -> None:
+    recipe = Recipe.parse({**tables, "learner": {**tables["learner"], **keys}})
+    folder = RunFolder(recipe.run_path())
+    folder.create()
+    folder.write_recipe(recipe.model_dump())
+    (Path(recipe.run_path()) / "metrics.jsonl").write_text('{"images_dropped": 0.0, "learning_rate": 3.25e-05}\n')
+    known = status(recipe.run_path())
+    assert ("learning rate" in in_words(known)) is shown and (
+        known["last_round"].get("learning_rate") is not None
+    ) is shown
+    assert ("3.25e-05" in in_words(known)) is shown
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["status", str(tmp_path)]) == 2
     assert "is no run's folder: it has no recipe.toml" in capsys.readouterr().err

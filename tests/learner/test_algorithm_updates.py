@@ -9,12 +9,15 @@ import torch
 
 from ray_ddpo.common.diffusion.lora.adapters import load_weights, trained_parameters
 from ray_ddpo.common.policy_weights import averaged, pack
+from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner import Learner
+from ray_ddpo.learner.round_data.epochs import steps_of_epochs
+from ray_ddpo.learner.round_data.noised_samples import NoisedSamples, training_items
 from ray_ddpo.learner.round_data.transitions import RoundTransitions, indices_of, round_transitions
 from tests.gradients import ONE_STEP, gradient_of, relative_error
 from tests.rounds import SampledRound, components_with, learner_of, sample_round
@@ -23,7 +26,18 @@ from tests.rounds import SampledRound, components_with, learner_of, sample_round
 def of(tables: dict, name: str, **values: object) -> Components:
     """Return the small recipe with another algorithm, with groups of two and one optimizer step."""
     keys = {"prompts__images_per_prompt": 2, "learner__batch_size": 8, "learner__micro_batch_size": 8}
-    return components_with({**tables, "algorithm": {"name": name}}, **{**keys, **values})
+    tables = {**tables, "algorithm": {"name": name}}
+    if build(ALGORITHMS, {"name": name}, "algorithm").restarts_per_image:
+        keys["sampling__backprop_steps"] = 1
+        tables["reward"] = {"name": "colourfulness"}
+    if name == "gardo":
+        tables["algorithm"] |= {"gate": False, "diversity": False}  # which need a second reward and images
+    if name == "refl":
+        tables["algorithm"]["margin"] = 1000.0  # above every image's reward, so that all have a gradient
+    if name == "gardo":  # its gate compares rewards, and its advantages thumbnails
+        tables["rewards"] = [tables.pop("reward"), {"name": "brightness", "weight": 0}]
+        tables["sampling"] = {**tables["sampling"], "thumbnails": True}
+    return components_with(tables, **{**keys, **values})
 
 
 def with_advantages(sampled: SampledRound, components: Components) -> SampledRound:
@@ -106,7 +120,7 @@ def test_old_predictions_are_those_of_the_weights_that_sampled(tables: dict) -> 
     behavior, present = learner.weights()[0], learner.state().trained
     sampled = with_advantages(sample_round(components, behavior, 1), components)
     policy = components.policy.load("cpu", components.recipe.sampling, "learner")
-    pairs = learner._training_items(sampled.batch, _transitions(sampled))
+    pairs = _items(learner, sampled)
     load_weights(policy.network, behavior)
     batches = [pairs.batch(index[None]) for index in indices_of(torch.arange(4), pairs.positions(0))]
     with torch.no_grad():
@@ -129,6 +143,11 @@ def test_old_predictions_are_those_of_the_weights_that_sampled(tables: dict) -> 
 
 def _transitions(sampled: SampledRound) -> RoundTransitions:
     return round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
+
+
+def _items(learner: Learner, sampled: SampledRound) -> RoundTransitions | NoisedSamples:
+    timesteps = learner._policy.num_train_timesteps
+    return training_items(learner._algorithm, sampled.batch, _transitions(sampled), timesteps)
 
 
 def _denoise(policy, batch):
@@ -178,7 +197,8 @@ def test_only_the_images_that_count_enter_the_sparse_steps(tables: dict) -> None
     learner = learner_of(components)
     sampled = sample_round(components, learner.weights()[-1])
     batch = dataclasses.replace(sampled.batch, advantages=np.array([1.0, 0, 0, 1, 1, 0, 1, 1]), dropped=())
-    steps = learner._optimizer_steps_of(batch, learner._training_items(batch, _transitions(sampled)), 0)
+    items = _items(learner, SampledRound(batch, sampled.trajectories))
+    (steps,) = steps_of_epochs(components.recipe, components.algorithm, batch, items)
     assert [len(step) for step in steps] == [5]  # four make a step, and what is left over joins it
     assert {image for step in steps for image, _ in step.tolist()} == {0, 3, 4, 6, 7}
     metrics, _ = learner.update(batch, *sampled.trajectories)

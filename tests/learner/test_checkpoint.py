@@ -37,7 +37,7 @@ def checkpoint(rounds_done: int = 3) -> Checkpoint:
         "a.lora_A/step": np.array(12.0, np.float32),
     }
     scaler = {"scale": 65536.0, "growth_interval": 2000}
-    state = LearnerState(rounds_done, weights, optimizer, scaler, micro_batch_size=6, machine=MACHINE)
+    state = LearnerState(rounds_done, weights, optimizer, scaler, micro_batch_size=6, machine=MACHINE, recomputes=True)
     statistics = {"joined": {"a cat": (1 / 3, -2.5e-17, float(np.float32(0.1))), 'a "dog" é': (7.0,)}}
     return Checkpoint(rounds_done, state, statistics, {"wandb": "abc123"}, rounds_done, {0: [3, 4], 2: [0]})
 

@@ -117,3 +117,39 @@ def test_default_advantages_are_the_authors() -> None:
     means = np.repeat(rewards.reshape(3, 2).mean(1), 2)
     advantages = (rewards - means) / (rewards.std() + 1e-4)
     np.testing.assert_allclose(found, np.clip(advantages / 5 / 2 + 0.5, 0, 1), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("all", [0.0, 0.3, 0.5, 0.6, 1.0]),
+        ("positive_only", [0.5, 0.5, 0.5, 0.6, 1.0]),
+        ("negative_only", [0.0, 0.3, 0.5, 0.5, 0.5]),
+        ("one_only", [0.5, 0.5, 0.5, 0.6, 0.6]),
+        ("binary", [0.4, 0.4, 0.5, 0.6, 0.6]),
+    ],
+)
+def test_advantage_modes_are_the_authors(mode: str, expected: list[float]) -> None:
+    """Check r of `adv_mode` in NVlabs/DiffusionNFT's train_nft_sd3.py, for adv_clip_max 5."""
+    found = DiffusionNFT(advantage_mode=mode).from_advantages(np.array([-7.0, -2.0, 0.0, 1.0, 9.0]))
+    assert found.tolist() == pytest.approx(expected)
+
+
+def authors_decay(step: int, decay_type: int) -> float:
+    """Compute `return_decay` of train_nft_sd3.py."""
+    flat, rate, hold = {0: (0, 0.0, 0.0), 1: (0, 0.001, 0.5), 2: (75, 0.0075, 0.999)}[decay_type]
+    return 0.0 if step < flat else min((step - flat) * rate, hold)
+
+
+@pytest.mark.parametrize(
+    ("decay_type", "keys"),
+    [
+        (0, {"ema_decay_growth": 0.0}),
+        (1, {}),
+        (2, {"ema_decay_flat": 75, "ema_decay_growth": 0.0075, "ema_decay_max": 0.999}),
+    ],
+)
+def test_decays_of_the_moving_average_are_the_authors(decay_type: int, keys: dict[str, float]) -> None:
+    algorithm = DiffusionNFT(**keys)
+    for version in (0, 1, 74, 75, 76, 200, 208, 209, 499, 500, 501, 5000):
+        assert (algorithm.ema_decay(version) or 0.0) == pytest.approx(authors_decay(version, decay_type))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
+from ray_ddpo.common.diffusion.lora.adapters import read_weights, trained_parameters
 from ray_ddpo.common.diffusion.memory.sizes import parameter_bytes
 from ray_ddpo.common.diffusion.policy import Role, select_rows
 from ray_ddpo.common.policy_weights import averaged
@@ -55,11 +55,17 @@ def test_in_bfloat16_sampler_and_learner_compute_the_same(micro_batch_size: int,
     assert metrics["ratio/max_abs_log"] == 0.0 and metrics["clip_fraction"] == 0.0
 
 
-def test_a_sampler_holds_float32_for_weights_in_bfloat16_would_move_the_ratio(tiny_model: Path) -> None:
+def test_a_sampler_keeps_float32_norms_because_norms_in_bfloat16_would_move_the_ratio(tiny_model: Path) -> None:
     sampler, learner, rounded = (
         tiny_policy(tiny_model, role, train="full", dtype="bfloat16") for role in ("sampler", "learner", "sampler")
     )
-    assert {value.dtype for value in sampler.network.parameters()} == {torch.float32}
+    weights = read_weights(learner.network, 1)
+    for policy in (sampler, rounded):
+        policy.load_weights(weights)
+    stored = {name: value.dtype for name, value in sampler.network.named_parameters()}
+    assert {name for name, dtype in stored.items() if dtype == torch.float32} == {
+        name for name in stored if "norm" in name
+    }
     rounded.network.bfloat16()
     conditioning = select_rows(sampler.encode(["a cat", "a dog"]), torch.arange(2))
     latents = torch.randn(2, *sampler.latent_shape, generator=torch.Generator().manual_seed(0))

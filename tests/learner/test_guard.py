@@ -10,7 +10,7 @@ from ray_ddpo.common.recipe.tables import GuardTable
 from ray_ddpo.deploy.evaluation.guard import Alarm, JudgedVersion, VersionStats, alarms, best_version, is_over
 
 SETTINGS = GuardTable(dark_share=0.3, sharpness=0.5, entropy=0.5, diversity=0.5)
-IMAGES = {"dark_share": 0.1, "sharpness": 100.0, "entropy": 6.0, "diversity": 0.2}
+IMAGES = {"dark_share": 0.1, "edge_density": 0.2, "sharpness": 100.0, "entropy": 6.0, "diversity": 0.2}
 BASE = VersionStats({"clip_score": np.array([1.0, 3.0, 2.0, 2.0])}, IMAGES)  # spread: √(2/3) = .816
 
 
@@ -54,7 +54,7 @@ def test_the_dark_share_may_rise_by_so_much() -> None:
     assert about(with_images(dark_share=0.4)) == [] and about(with_images(dark_share=0.41)) == ["dark_share"]
 
 
-@pytest.mark.parametrize("name", ["sharpness", "entropy", "diversity"])
+@pytest.mark.parametrize("name", ["edge_density", "sharpness", "entropy", "diversity"])
 def test_a_share_of_the_pretrained_models_must_be_left(name: str) -> None:
     assert about(with_images(**{name: IMAGES[name] * 0.5})) == []
     assert about(with_images(**{name: IMAGES[name] * 0.49})) == [name]
@@ -67,6 +67,31 @@ def test_the_kl_is_watched_where_the_recipe_has_a_limit() -> None:
     assert about(far) == []
     limited = SETTINGS.model_copy(update={"max_kl_nats": 4.0})
     assert about(far, limited) == ["kl"] and about(replace(BASE, kl_reference_nats=4.0), limited) == []
+
+
+def test_saturation_is_an_alarm_if_the_pretrained_model_was_below_it() -> None:
+    full = replace(BASE, saturation=0.96)
+    settings = SETTINGS.model_copy(update={"saturation": 0.95})
+    assert about(full, settings) == ["saturation"]
+    assert about(replace(BASE, saturation=0.94), settings) == []
+    assert about(full, SETTINGS.model_copy(update={"saturation": 0.0})) == []
+    assert list(alarms(full, full, [], settings)) == []
+    assert about(replace(BASE, saturation=None), settings) == []
+    (alarm,) = alarms(replace(BASE, saturation=0.5), full, [], settings)
+    assert alarm.says.startswith("96% of the images have the best possible reward, and 50% had: from 95% on")
+
+
+def test_a_statistic_that_an_earlier_version_did_not_measure_is_no_alarm() -> None:
+    old = {name: value for name, value in IMAGES.items() if name != "edge_density"}
+    assert list(alarms(replace(BASE, images=old), with_images(edge_density=0.0), [], SETTINGS)) == []
+
+
+def test_the_default_limits_notice_the_published_loss_of_edges_and_of_tones() -> None:
+    """Edge density fell from 0.01183 to 0.00479 and entropy from 4.037 to 1.849 (Tencent-Hunyuan/UniRL, #407)."""
+    base = replace(BASE, images=IMAGES | {"edge_density": 0.01183, "entropy": 4.037, "dark_share": 0.451})
+    for name, value in {"edge_density": 0.00479, "entropy": 1.849}.items():
+        now = replace(base, images=base.images | {name: value})
+        assert [alarm.about for alarm in alarms(base, now, [], GuardTable())] == [name]
 
 
 def test_an_alarm_says_its_numbers() -> None:

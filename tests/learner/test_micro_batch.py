@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ray_ddpo.learner.optimization.micro_batch as module
-from ray_ddpo.learner.optimization.micro_batch import MOST_ON_CPU, StepTrial, largest_that_fits
+from ray_ddpo.learner.optimization.micro_batch import MOST_ON_CPU, StepTrial, gpu_limit, largest_that_fits
 from tests.rounds import components_with, learner_of, sample_round
 
 Memory = namedtuple("Memory", "available")
@@ -51,6 +51,15 @@ def test_a_run_with_little_memory_takes_less_and_says_what_to_do_about_none(
         ValueError, match=r'"auto", and one transition takes .* GB .* policy\.gradient_checkpointing = true'
     ):
         learner_of(components)
+
+
+def test_a_rank_may_use_all_of_a_shared_gpu_but_what_its_sampler_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
+    assert gpu_limit(0.5) == 0.9 * (40e9 - 0.6e9)
+    assert gpu_limit(0.9, processes=2, beside=10e9) == 0.9 * (72e9 - 1.2e9) - 10e9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20e9, 80e9))
+    assert gpu_limit(0.9, processes=2, beside=10e9) == 0.9 * 20e9, "never more than is free now"
 
 
 def test_the_number_found_learns_as_the_same_number_given(tables: dict) -> None:

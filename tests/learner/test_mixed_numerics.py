@@ -1,13 +1,13 @@
 """Samplers and learner of different numerics: refused with the behavior ratio, accepted with the proximal one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ray_ddpo.common.diffusion import diffusers_policy
 from ray_ddpo.common.diffusion.compiled import CompiledNetwork
@@ -136,7 +136,7 @@ def test_compiled_both_learn_the_same_as_eager_within_rounding(one_block_model: 
 class RoundsByGradMode(CompiledNetwork):
     """Imitate a network that is compiled again without gradients and then rounds otherwise. Nothing is compiled."""
 
-    def __init__(self, call: Callable[..., Tensor], rows: int) -> None:
+    def __init__(self, call: Callable[..., Tensor], rows: int, blocks: Iterable[nn.Module] = ()) -> None:
         self._call = call
 
     def __call__(self, **inputs: Tensor) -> Tensor:

@@ -186,3 +186,13 @@ def test_a_run_ends_with_complete_files_and_resumes(
         captured = capfd.readouterr()
         assert exit_code == 2 and f"{lora}: the tensor {name}" in captured.err
         assert_refused("weights in a file that are NaN or infinite", captured.err)
+
+
+def test_a_run_whose_first_gradient_is_not_finite_blames_no_learning_rate(
+    tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = policy_gradient.decoupled_surrogate
+    monkeypatch.setattr(policy_gradient, "decoupled_surrogate", lambda *given: whole(*given) * torch.nan)
+    exit_code, printed = train(tables, tmp_path, capfd)
+    assert_documented("another gradient is not finite before any step", exit_code, printed)
+    assert "learning_rate" not in printed

@@ -107,6 +107,7 @@ def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str
         ("learner__resources", "{learner = 1.0}"),
         ("learner__accelerator_type", "A100"),
         ("learner__log_prob_tolerance", 0.5),
+        ("learner__colocated", "true"),
         ("runtime__ready_seconds", 9.0),
         ("runtime__watchdog_seconds", 9.0),
         ("runtime__max_restarts", 0),
@@ -130,6 +131,34 @@ def test_a_moved_folder_and_other_trackers_are_no_other_recipe(tables: dict, tmp
     moved = Path(folder.location).rename(tmp_path / "moved")
     other = {**tables, "output_dir": str(tmp_path), "trackers": [{"name": "tensorboard"}]}
     assert resume_point(RunFolder(moved), components_with(other).resolved(), resume=True) is not None
+
+
+def test_a_run_from_before_keys_existed_resumes_with_their_defaults_only(tables: dict) -> None:
+    components = components_with(tables, learner__world_size=2)
+    folder, defaults = begun({**tables, "learner": {**tables["learner"], "world_size": 2}}, 7), components.defaults()
+    folder.write_recipe(without_defaults(components.resolved(), defaults))
+    now = components.resolved()
+    assert "warmup_steps" not in folder.recipe_tables()["learner"]
+    assert resume_point(folder, now, resume=True, defaults=defaults) is not None
+    for key, value, text in (
+        ("learner__warmup_steps", 5, "learner.warmup_steps was 0 and is 5"),
+        ("learner__shard_weights", "true", "learner.shard_weights was False and is True"),
+        ("algorithm__selection__fraction", 0.5, "algorithm.selection.fraction was 1.0 and is 0.5"),
+    ):
+        later = components_with(tables, learner__world_size=2, **{key: value})
+        with pytest.raises(ValueError, match=text):
+            resume_point(folder, later.resolved(), resume=True, defaults=later.defaults())
+
+
+def without_defaults(resolved: dict, defaults: dict) -> dict:
+    """Return the tables without the keys that have their default, as a program without these keys would write them."""
+    kept = {}
+    for key, value in resolved.items():
+        if isinstance(value, dict):
+            kept[key] = without_defaults(value, defaults.get(key) or {})
+        elif key not in defaults or value != defaults[key]:
+            kept[key] = value
+    return kept
 
 
 def test_a_key_given_at_its_default_is_the_same_recipe(tables: dict) -> None:

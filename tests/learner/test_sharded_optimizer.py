@@ -15,7 +15,7 @@ from tests.conftest import small_tables
 from tests.rank_processes import Case, Outcome, run_in_ranks, with_changes
 
 Outcomes = dict[str, list[Outcome]]
-TWO_RANKS = {"batch_size": 4, "world_size": 2, "inner_epochs": 2}
+TWO_RANKS = {"batch_size": 4, "world_size": 2, "inner_epochs": 2, "warmup_steps": 6}
 DIVIDED = {"learner": {"shard_optimizer_state": True}}
 LEARNED = {
     "lora": {},

@@ -12,6 +12,7 @@ from ray_ddpo import cli
 from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import without_none
+from tests.chat_services import MODEL, chat_service
 from tests.reward_services import serving
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,7 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIK7MDENGbPxRfiCYzzzzzzzzKEYq",
     "AWS_SESSION_TOKEN": "sessionQQQQwwwwEEEErrrrTTTTyyyyUUUU",
     "REWARD_TOKEN": "rewardservicebearerXyZ0123456789token",
+    "JUDGE_KEY": "sk-proj-JudGeKeYabcdefGHIJKLmnop987654",
 }
 pytestmark = pytest.mark.thorough
 TRAIN_AND_REPORT = """
@@ -51,14 +53,23 @@ def left_by(folder: Path) -> dict[str, bytes]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[bytes]]:
     """A run with every tracker and a reward service that asks for a token, and its report."""
     home = tmp_path_factory.mktemp("secrets")
-    with serving(JpegCompressibility(), token=SECRETS["REWARD_TOKEN"]) as url:
+    with (
+        serving(JpegCompressibility(), token=SECRETS["REWARD_TOKEN"]) as url,
+        chat_service(home.parent / "secrets_vlm", token=SECRETS["JUDGE_KEY"]) as chat,
+    ):
         tables = {
             "name": "watched",
             "rounds": 1,
             "policy": {"name": "stable_diffusion", "model": "tiny_animals"},
             "prompts": {"name": "animals"},
             "sampling": {"num_steps": 2, "batch_size": 2, "batches_per_round": 1},
-            "reward": {"name": "http", "url": url, "token_variable": "REWARD_TOKEN"},
+            "rewards": [
+                {"name": "http", "url": url, "token_variable": "REWARD_TOKEN"},
+                {
+                    **{"name": "vlm_judge", "url": chat, "model": MODEL, "token_variable": "JUDGE_KEY"},
+                    **{"cache_folder": str(home / "answers"), "questions": [{"text": "is this a {prompt}"}]},
+                },
+            ],
             "algorithm": {"name": "ddpo_is"},
             "learner": {"batch_size": 2, "micro_batch_size": 4},
             "evaluation": {"images": 2, "batch_size": 2},

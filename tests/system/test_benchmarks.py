@@ -25,6 +25,12 @@ def test_stand_ins_go_round_on_the_real_stream() -> None:
     assert 1.9 < float(seconds) < 4  # nothing is faster than the ideal; how near it comes is the benchmark's matter
 
 
+def test_devices_shared_in_turns_are_busy_and_never_used_twice_at_once() -> None:
+    text = printed("overlap", "--only", "colocated", "--devices", "2", "--rounds", "2")
+    ((busy, both),) = re.findall(r"^\| 2 \| .* \| (\d+\.\d)% \| (\d+\.\d)% \|$", text, flags=re.MULTILINE)
+    assert float(busy) >= 90 and float(both) == 0
+
+
 def test_each_node_takes_a_version_in_once() -> None:
     text = printed("broadcast", "--versions", "2", "--megabytes", "3", "--nodes", "2")
     ((fewest, most),) = re.findall(r"(\d\.\d{3}) … (\d\.\d{3}) \|$", text, flags=re.MULTILINE)

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,20 @@ class Rank:
         """Begin as new: a process costs seconds, so those that are left of a test are the next one's."""
         self._fate = fate
         self._loaded = 0.0
+        self._slept = 0
 
     def ready(self) -> bool:
         return True
 
     def join(self, rendezvous: str) -> None:
         assert ":" in rendezvous
+
+    def sleep(self) -> None:
+        self._slept += 1
+
+    def slept(self) -> int:
+        """How often it has returned its memory."""
+        return self._slept
 
     def state(self) -> LearnerState:
         return state_with(0.0)
@@ -183,6 +192,49 @@ def test_trajectories_lost_by_one_rank_are_sampled_again_for_restarted_ranks(gro
         group.update(BATCH, [])
     assert len(made) == 2 and not deaths
     assert group.update(BATCH, [])[1].trained.buffer[0] == 1.0
+
+
+class Recorder:
+    """A turn that notes how often ranks have slept when it begins and when it ends."""
+
+    def __init__(self, ranks: Callable[[], list[Any]]) -> None:
+        self._ranks = ranks
+        self.noted: list[list[int]] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self._note()
+        try:
+            yield
+        finally:
+            self._note()
+
+    def _note(self) -> None:
+        self.noted.append(ray.get([rank.slept.remote() for rank in self._ranks()]))
+
+
+@pytest.mark.parametrize("fates", [("", ""), ("waits", "dies")])
+def test_in_their_turn_all_ranks_update_and_then_sleep(fates: tuple[str, str], group_of: Group) -> None:
+    group, made, _ = group_of(*fates)
+    group.turn = recorder = Recorder(lambda: made[-1])
+    group.update(BATCH, [])
+    assert recorder.noted == [[0, 0], [1, 1]], "an update and its repetition after a death are one turn"
+    group.update(BATCH, [])
+    assert recorder.noted[2:] == [[1, 1], [2, 2]]
+
+
+def test_ranks_sleep_before_lost_trajectories_are_sampled_again(group_of: Group) -> None:
+    group, made, _ = group_of("waits", "lost a trajectory")
+    group.turn = recorder = Recorder(lambda: made[-1])
+    with pytest.raises(TrajectoriesLost):
+        group.update(BATCH, [])
+    assert recorder.noted == [[0, 0], [1, 1]]
+
+
+def test_ranks_that_share_no_gpu_do_not_sleep(group_of: Group) -> None:
+    group, made, _ = group_of("", "")
+    group.update(BATCH, [])
+    assert ray.get([rank.slept.remote() for rank in made[-1]]) == [0, 0]
 
 
 def test_a_rank_that_arrives_at_other_weights_ends_the_run_by_its_name(group_of: Group) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
+from ray_ddpo.common.diffusion.trained_weights import stored_weights
 from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
@@ -110,3 +111,36 @@ def test_a_role_larger_than_the_cluster_is_refused_at_once(tables: dict, cluster
     learner = {**tables["learner"], "world_size": 2, "num_cpus": 5}
     with pytest.raises(ValueError, match="learner: its 2 ranks ask for CPU 10, and the whole cluster has CPU"):
         run_training(Recipe.parse({**tables, "name": "large", "learner": learner}))
+
+
+def sharded_recipe(tables: dict, name: str, **changes: object) -> Recipe:
+    learner = {**tables["learner"], "world_size": 2, "shard_weights": True}
+    keys = {"rounds": 4, "max_policy_lag": 1, "name": name, "learner": learner, **changes}
+    return Recipe.parse({**tables, **keys})
+
+
+@pytest.mark.system
+def test_ranks_with_sharded_weights_give_the_same_bits_after_a_kill_and_after_resume(
+    tables: dict, cluster: None
+) -> None:
+    calm, killed, one = (
+        sharded_recipe(tables, "calm"),
+        sharded_recipe(tables, "killed", checkpoint={"every": 1, "keep": 2}, rounds=3),
+        recipe_of(tables, "one", ranks=1).model_copy(update={"rounds": 4}),
+    )
+    run, died = Path(killed.run_path()), []
+
+    def kill() -> None:
+        processes = processes_of("ray::Learner")
+        assert len(processes) == 2
+        died.append(processes[1].pid)
+        os.kill(processes[1].pid, signal.SIGKILL)
+
+    with beside(at_round(run, 2, kill)):
+        run_training(killed)
+    assert len(died) == 1 and sum(each.get("actor_restarts/learner", 0) for each in metrics_of(killed)) == 1
+    resumed = sharded_recipe(tables, "killed", checkpoint={"every": 1, "keep": 2})
+    assert final_fingerprint(resumed, resume=True) == final_fingerprint(calm)
+    final_fingerprint(one)
+    assert float(np.abs(trained(one).buffer - trained(calm).buffer).max()) < 1e-5
+    assert stored_weights(Path(calm.run_path()), trained(calm).manifest, 4).fingerprint == trained(calm).fingerprint

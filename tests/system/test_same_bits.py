@@ -209,11 +209,16 @@ def job_stopped(tables: dict) -> str:
         first = submitted(client, command)
         ended = (JobStatus.STOPPED, JobStatus.SUCCEEDED, JobStatus.FAILED)
         wait_until(lambda: rounds_done(run) >= 4 or client.get_job_status(first) in ended, "round 4")
-        scaled_by = submitted(client, f"cd {ROOT} && {sys.executable} -m ray_ddpo scale {run} --samplers 3")
-        wait_until(lambda: "samplers: 2 → 3, as asked" in client.get_job_logs(first), "another number of samplers")
-        assert client.get_job_status(scaled_by) != JobStatus.FAILED, client.get_job_logs(scaled_by)
-        client.stop_job(first)
-        wait_until(lambda: client.get_job_status(first) in ended, "the job's end")
+        jobs: list[str] = []
+
+        def scale_and_stop() -> None:
+            jobs.append(submitted(client, f"cd {ROOT} && {sys.executable} -m ray_ddpo scale {run} --samplers 3"))
+            wait_until(lambda: "samplers: 2 → 3, as asked" in client.get_job_logs(first), "another number of samplers")
+            client.stop_job(first)
+
+        # While its learner is suspended, the run cannot end before it is scaled and stopped.
+        while_held("ray::Learner", scale_and_stop, lambda: client.get_job_status(first) in ended)()
+        assert client.get_job_status(jobs[0]) != JobStatus.FAILED, client.get_job_logs(jobs[0])
         assert client.get_job_status(first) == JobStatus.STOPPED, client.get_job_logs(first)
         newest = newest_checkpoint(RunFolder(recipe.run_path()).checkpoints)
         assert newest is not None and load_checkpoint(newest).rounds_done >= rounds_done(run) >= 4
@@ -285,3 +290,18 @@ def test_the_final_weights_are_those_of_a_calm_run(
     )
     TABLE.append((lag, what, SCENARIO_OF[what](tables)))
     assert TABLE[-1][2] == expected
+
+
+@pytest.mark.parametrize(
+    "count",
+    [pytest.param(count, marks=pytest.mark.system if count == 2 else pytest.mark.same_bits) for count in (1, 2, 4)],
+)
+def test_shared_prefixes_and_cached_steps_end_with_the_same_weights(
+    calm: Callable[[int], dict], cluster: None, count: int
+) -> None:
+    tables = calm(1)
+    sampling = {**tables["sampling"], "num_steps": 6, "sde_window": 2, "shared_prefix": True, "cache_interval": 2}
+    learner = {**tables["learner"], "micro_batch_size": 4}
+    groups = {"name": "animals", "images_per_prompt": 2}
+    tables = {**tables, "rounds": 3, "sampling": sampling, "prompts": groups, "learner": learner}
+    assert samplers(count)(tables) == calm_fingerprint(tables)

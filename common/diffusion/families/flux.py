@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.families.packing import PATCH, packed, unpacked
 from ray_ddpo.common.diffusion.families.published_parts import BOTH_STREAMS, CLIP_L, FLOW_AUTOENCODER, T5_XXL
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
@@ -17,7 +18,6 @@ from ray_ddpo.common.diffusion.policy import Conditioning
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
 from ray_ddpo.common.recipe.tables import SamplingTable
 
-PATCH = 2  # latents per side in one token of the transformer
 OWN_LATENT_SIZE = 128  # not in the configuration: images of 1024² pixels
 
 # As in the configuration files of black-forest-labs/FLUX.1-dev; FLUX.1-schnell has no embedded guidance.
@@ -38,20 +38,6 @@ DEV: Configs = {
     "text_encoder": CLIP_L,
     "text_encoder_2": T5_XXL,
 }
-
-
-def packed(latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L C4"]:
-    """Pack each square of 2 × 2 latents into a token, in rows from the top."""
-    rows, channels, height, width = latents.shape
-    squares = latents.view(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return squares.permute(0, 2, 4, 1, 3, 5).reshape(rows, -1, channels * PATCH**2)
-
-
-def unpacked(tokens: Float[Tensor, "B L C4"], height: int, width: int) -> Float[Tensor, "B C H W"]:
-    """Undo `packed`."""
-    rows, _, channels = tokens.shape
-    squares = tokens.view(rows, height // PATCH, width // PATCH, channels // PATCH**2, PATCH, PATCH)
-    return squares.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels // PATCH**2, height, width)
 
 
 def token_places(height: int, width: int, like: Tensor) -> Float[Tensor, "L 3"]:
@@ -94,10 +80,11 @@ class FluxPolicy(DiffusersPolicy):
     config: "Flux"
 
     def _table(self, sampling: SamplingTable) -> FlowMatchTable:
-        scheduler = self.pipeline.scheduler.config
+        scheduler, steps = self.pipeline.scheduler.config, sampling.num_steps
         tokens = (self.latent_shape[1] // PATCH) * (self.latent_shape[2] // PATCH)
         evenly_spaced = not scheduler.get("use_flow_sigmas", False)
-        return flow_match_table(scheduler, sampling.num_steps, sampling.eta, tokens, evenly_spaced).to(self.device)
+        table = flow_match_table(scheduler, steps, sampling.eta, tokens, evenly_spaced, sampling.sde)
+        return table.to(self.device)
 
     def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
         length = self.config.max_sequence_length
@@ -108,6 +95,7 @@ class FluxPolicy(DiffusersPolicy):
 class Flux(DiffusersConfig):
     """FLUX.1. Guidance is distilled, so that it needs no second forward pass."""
 
+    takes_sde: ClassVar[bool] = True
     policy_class: ClassVar[type[DiffusersPolicy]] = FluxPolicy
     pipeline_class: ClassVar[str] = "FluxPipeline"
     takes_negative_prompt: ClassVar[bool] = False  # the guidance scale is an input of the network

@@ -53,3 +53,18 @@ FLOW_AUTOENCODER = AUTOENCODER | {  # SD3 and FLUX
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+QWEN_25_VL_7B: dict[str, Any] = {  # Qwen/Qwen2.5-VL-7B-Instruct
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    },
+}

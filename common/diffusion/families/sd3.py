@@ -72,8 +72,8 @@ class SD3Policy(DiffusersPolicy):
     def _table(self, sampling: SamplingTable) -> FlowMatchTable:
         patch = self.network.config.patch_size
         tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
-        table = flow_match_table(self.pipeline.scheduler.config, sampling.num_steps, sampling.eta, tokens, False)
-        return table.to(self.device)
+        scheduler, steps = self.pipeline.scheduler.config, sampling.num_steps
+        return flow_match_table(scheduler, steps, sampling.eta, tokens, False, sampling.sde).to(self.device)
 
     def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
         keys |= {"prompt_2": None, "prompt_3": None, "max_sequence_length": self.config.max_sequence_length}
@@ -83,6 +83,7 @@ class SD3Policy(DiffusersPolicy):
 class SD3(DiffusersConfig):
     """Stable Diffusion 3 and 3.5."""
 
+    takes_sde: ClassVar[bool] = True
     policy_class: ClassVar[type[DiffusersPolicy]] = SD3Policy
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
     network_name: ClassVar[str] = "transformer"

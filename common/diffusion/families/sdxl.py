@@ -64,6 +64,14 @@ class SDXLPolicy(DiffusersPolicy):
         mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
         return latents * std / keys.scaling_factor + mean
 
+    def _scaled(self, latents: Tensor) -> Tensor:
+        keys = self.vae.config
+        mean, std = keys.get("latents_mean"), keys.get("latents_std")
+        if mean is None or std is None:
+            return latents * keys.scaling_factor
+        mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
+        return (latents - mean) * keys.scaling_factor / std
+
 
 class SDXL(DiffusersConfig):
     """Stable Diffusion XL."""

@@ -48,6 +48,9 @@ class StableDiffusionPolicy(DiffusersPolicy):
     def _unscaled(self, latents: Tensor) -> Tensor:
         return latents / self.vae.config.scaling_factor  # this pipeline ignores shift_factor
 
+    def _scaled(self, latents: Tensor) -> Tensor:
+        return latents * self.vae.config.scaling_factor
+
 
 class StableDiffusion(DiffusersConfig):
     """Stable Diffusion 1.x and 2.x, and the embedded model `tiny_animals`."""

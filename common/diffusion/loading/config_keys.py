@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ray_ddpo.common.diffusion.loading.model_index import read_object
+from ray_ddpo.common.diffusion.loading.model_index import read_object, text_tower
 from ray_ddpo.common.diffusion.schedulers.conversion import as_loaded, check_scheduler, is_number
 from ray_ddpo.common.recipe.tables import SamplingTable
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 Components = Mapping[str, Mapping[str, Any]]  # part name → its keys; model_index.json's are under INDEX
 INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
-FLOW_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline")
+NORMALIZED_PIPELINES = ("QwenImagePipeline",)  # of latents with mean and deviation of each channel
+FLOW_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline", *NORMALIZED_PIPELINES)
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", *FLOW_PIPELINES)  # pipelines that are checked here
 DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent keys
     "unet": {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280},
-    "vae": {"latent_channels": 4, "out_channels": 3},
+    "vae": {"latent_channels": 4, "out_channels": 3, "z_dim": 16},
     "text_encoder": {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77, "d_model": 512},
     "StableDiffusion3Pipeline": {
         "in_channels": 16,
@@ -33,6 +34,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
         "pooled_projection_dim": 2048,
     },
     "FluxPipeline": {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "patch_size": 1},
+    "QwenImagePipeline": {"in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584, "patch_size": 2},
 }
 
 
@@ -55,6 +57,7 @@ UNET = (
     Rule("unet", "encoder_hid_dim_type", (None, "text_proj"), IMAGES),
 )
 RULES: dict[str, tuple[Rule, ...]] = {
+    "QwenImagePipeline": (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),),
     "StableDiffusionPipeline": (*UNET, Rule("unet", "addition_embed_type", (None, "text"), IMAGES)),
     "StableDiffusionXLPipeline": (
         *UNET,
@@ -108,8 +111,7 @@ def configuration_files(config: "DiffusersConfig") -> Components:
     places |= {name: f"{name}/config.json" for name in config.text_parts}
     places |= {name: f"{name}/tokenizer_config.json" for name in config.tokenizers}
     read = {name: _read(folder / place) for name, place in places.items()}
-    for name in config.text_parts:  # a full CLIP's configuration contains the text tower's
-        read[name] = read[name].get("text_config") or read[name]
+    read |= {name: text_tower(read[name]) for name in config.text_parts}
     return {name: keys for name, keys in read.items() if keys}
 
 
@@ -156,6 +158,9 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
 def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     """Yield what is wrong with the decoder's keys. An absent key has the class's default."""
     vae, adds_shift = parts["vae"], config.pipeline_class in FLOW_PIPELINES
+    if config.pipeline_class in NORMALIZED_PIPELINES:
+        yield from _statistics_faults(config, parts, required=True)
+        return
     if _value(config, parts, "vae", "out_channels") != 3:
         yield f"vae/config.json has out_channels={vae['out_channels']!r}: images have 3 channels, red, green and blue"
     shift = vae.get("shift_factor", 0.0 if vae.get("_class_name") == "AutoencoderTiny" else None)
@@ -170,30 +175,36 @@ def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
     if adds_shift and not is_number(shift):
         yield f"vae/config.json has shift_factor={shift!r}, which is added to latents: it must be a number"
     if config.pipeline_class == "StableDiffusionXLPipeline":  # it multiplies by latents_std and adds latents_mean
-        yield from _statistics_faults(vae, _value(config, parts, "vae", "latent_channels"))
+        yield from _statistics_faults(config, parts, required=False)
 
 
-def _statistics_faults(vae: Mapping[str, Any], channels: int) -> Iterator[str]:
+def _statistics_faults(config: "DiffusersConfig", parts: Components, required: bool) -> Iterator[str]:
     """Yield what is wrong with the latents' mean and standard deviation."""
-    statistics = {key: vae.get(key) for key in ("latents_mean", "latents_std")}
+    vae, channels = parts["vae"], _value(config, parts, "vae", config.latent_key)
+    keys = [key for key in ("latents_mean", "latents_std") if key in vae or not required]  # absent: the class's default
+    statistics = {key: vae.get(key) for key in keys}
     for key, values in statistics.items():
-        if values is not None and not (isinstance(values, list | tuple) and all(map(is_number, values))):
-            yield f"vae/config.json has {key}={values!r:.80}: it must be a list of numbers, one a channel, or null"
+        if (required or values is not None) and not (isinstance(values, list | tuple) and all(map(is_number, values))):
+            or_null = "" if required else ", or null"
+            yield f"vae/config.json has {key}={values!r:.80}: it must be a list of numbers, one a channel{or_null}"
+            return
     if None not in statistics.values() and any(len(values or ()) != channels for values in statistics.values()):
-        yield f"vae/config.json has latents_mean and latents_std of other lengths than latent_channels={channels}"
+        yield f"vae/config.json has latents_mean and latents_std of other lengths than {config.latent_key}={channels}"
+    if required and 0 in (vae.get("latents_std") or ()):
+        yield "vae/config.json has latents_std with a 0, by which latents would lose a channel: write numbers above 0"
 
 
 def _channel_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     """Yield disagreements between the network's channels and the decoder's."""
     network, packed = config.network_name, config.latent_packing
-    latents = _value(config, parts, "vae", "latent_channels")
+    latents = _value(config, parts, "vae", config.latent_key)
     taken = _value(config, parts, network, "in_channels")
     given = _value(config, parts, network, "out_channels") or taken
     if packed > 1:
         given *= _value(config, parts, network, "patch_size") ** 2
     if taken != packed * latents:
         yield (
-            f"{_file(network)} has in_channels={taken}, and vae/config.json latent_channels={latents}: the network "
+            f"{_file(network)} has in_channels={taken}, and vae/config.json {config.latent_key}={latents}: the network "
             f"must take {packed * latents} (networks for inpainting, editing or upscaling take more)"
         )
     if given != taken:
@@ -211,6 +222,10 @@ def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]
     elif config.pipeline_class == "FluxPipeline":
         width = value_of("text_encoder", "hidden_size")
         wanted.append(("pooled_projection_dim", "hidden_size of text_encoder", width))
+    elif config.pipeline_class == "QwenImagePipeline":
+        keys = parts["text_encoder"]
+        width = (keys.get("text_config") or keys).get("hidden_size", 8192)  # transformers' default
+        wanted.append(("joint_attention_dim", "hidden_size of text_encoder", width))
     else:
         width = sum(value_of(part, "hidden_size") for part in config.text_parts)
         key = "encoder_hid_dim" if parts[network].get("encoder_hid_dim") else "cross_attention_dim"

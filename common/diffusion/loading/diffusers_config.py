@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from ray_ddpo.common.diffusion.loading.config_keys import check_keys, check_steps, configuration_files
@@ -19,7 +20,7 @@ from ray_ddpo.common.diffusion.loading.pipeline import check_model, files_by_rol
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
 from ray_ddpo.common.diffusion.memory.sizes_cache import cached_sizes
-from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig, Role, quiet_libraries
+from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, Policy, PolicyConfig, Role, quiet_libraries
 from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.trajectory import DTYPES
@@ -37,10 +38,15 @@ class DiffusersConfig(PolicyConfig):
     network_class: ClassVar[str]
     tokenizers: ClassVar[tuple[str, ...]]
     decoder_classes: ClassVar[tuple[str, ...]] = ("AutoencoderKL", "AutoencoderTiny")
+    latent_key: ClassVar[str] = "latent_channels"  # the decoder's, that says how many channels its latents have
     latent_packing: ClassVar[int] = 1  # latents that one of the network's tokens holds
     switches: ClassVar[dict[str, str]] = {}  # parts that the family can do without: the key and value that say so
     scheduler_class: ClassVar[str | None] = None  # of diffusers, that samples as samplers do; none: the pipeline's own
     takes_negative_prompt: ClassVar[bool] = True
+    takes_other_steps: ClassVar[bool] = True
+    takes_images: ClassVar[bool] = True
+    denoises_unguided: ClassVar[bool] = True
+    takes_sampler_storage: ClassVar[bool] = True
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
     resolution: int | None = Field(default=None, ge=8, le=LARGEST_SIDE, multiple_of=8)
@@ -59,8 +65,18 @@ class DiffusersConfig(PolicyConfig):
     """Decode one image at a time: less memory."""
     vae_tiling: bool = False
     """Decode each image in tiles: less memory, with seams that can hardly be seen."""
+    compile_blocks: bool = False
+    """Compile only the blocks that the network repeats, each by itself, instead of the whole network."""
     offload: bool = False
     """Keep text encoders and decoder in the host's memory while they are idle: less GPU memory."""
+
+    @model_validator(mode="after")
+    def _blocks_belong_to_a_compiled_network(self) -> "DiffusersConfig":
+        if self.compile_blocks and self.compile == "none":
+            raise ValueError(
+                'compile_blocks is true and compile "none": nothing is compiled; give compile = "sampler" or "both"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _size_is_given_once(self) -> "DiffusersConfig":
@@ -214,12 +230,32 @@ class DiffusersConfig(PolicyConfig):
                 self.set_up_decoder(pipeline.vae)
             if role != "learner" and self.train == "lora":  # text encoders and decoder keep their dtype
                 network.to(self.dtype_of(role))
-            if self.gradient_checkpointing and role == "learner":
+            if self.gradient_checkpointing is True and role == "learner":
                 network.enable_gradient_checkpointing()
             policy = self.make_policy(pipeline, device, sampling, role)
             if role == "sampler":
                 try_once(policy)
             return policy
+
+    def load_decoder(self, policy: Policy) -> None:
+        assert isinstance(policy, DiffusersPolicy), "the policy is this configuration's own"
+        quiet_libraries()
+        with library_errors(self.model, NOT_MADE):
+            self._check("decoder")
+            vae = load_pipeline(self, "decoder").vae
+            self.set_up_decoder(vae)
+            policy.take_decoder(vae)
+
+    def encoded(self, vae: Any, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Return a sample of the encoder's posterior for pixels from −1 to 1, in its own scale and in float32."""
+        found = vae.encode(pixels, return_dict=False)[0]
+        if isinstance(found, Tensor):  # AutoencoderTiny gives latents
+            return found.float()
+        return found.mean.float() + found.std.float() * noise
+
+    def decoded(self, vae: Any, latents: Tensor) -> Tensor:
+        """Return the decoder's output, from about −1 to 1, for latents in its own scale. Shape (B, 3, H, W)."""
+        return vae.decode(latents, return_dict=False)[0]
 
     def set_up_decoder(self, vae: Any) -> None:
         """Apply the recipe's decoder options. Raise ValueError if the decoder does not support one of them."""
@@ -227,9 +263,9 @@ class DiffusersConfig(PolicyConfig):
         if self.vae_slicing:
             vae.enable_slicing()
         if self.vae_tiling:
-            if type(vae).__name__ != "AutoencoderKL":  # AutoencoderTiny's own fails on images smaller than a tile
+            if type(vae).__name__ == "AutoencoderTiny":  # its own fails on images smaller than a tile
                 raise ValueError(
-                    f"policy.vae_tiling is true, and the model's decoder is an {type(vae).__name__}: only that of an "
-                    "AutoencoderKL can take images in tiles"
+                    f"policy.vae_tiling is true, and the model's decoder is an {type(vae).__name__}, which cannot take "
+                    "images in tiles: leave it out"
                 )
             vae.enable_tiling()

@@ -19,20 +19,24 @@ FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its
     "StableDiffusionXLPipeline": ("sdxl", "SDXL"),
     "StableDiffusion3Pipeline": ("sd3", "Stable Diffusion 3"),
     "FluxPipeline": ("flux", "FLUX"),
+    "QwenImagePipeline": ("qwen_image", "Qwen-Image"),
 }
 TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had two for each
     "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "CLIPTextModelWithProjection": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "T5EncoderModel": ("T5Tokenizer", "T5TokenizerFast"),
+    "Qwen2_5_VLForConditionalGeneration": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
 }
 VOCABULARIES = {  # tokenizer class → sets of files, one of which it needs
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
+    "Qwen2Tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
 }
 MODEL_TYPES = {  # text encoder class → allowed model_type; a full CLIP contains a text encoder
     "CLIPTextModel": ("clip_text_model", "clip"),
     "CLIPTextModelWithProjection": ("clip_text_model", "clip"),
     "T5EncoderModel": ("t5",),
+    "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl",),
 }
 
 
@@ -51,6 +55,8 @@ class PartClass:
 
 def known_parts(config: "DiffusersConfig", role: str = "sampler") -> dict[str, PartClass]:
     """Return the parts that a role loads. A sampler loads all of them."""
+    if role == "decoder":
+        return {"vae": PartClass("model", "diffusers", config.decoder_classes)}
     found = {
         config.network_name: PartClass("model", "diffusers", (config.network_class,)),
         "scheduler": PartClass("scheduler", "diffusers"),
@@ -111,6 +117,12 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def text_tower(keys: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a full CLIP's text tower, which transformers loads as the text encoder; others as they are."""
+    tower = keys.get("text_config") if keys.get("model_type", "clip") == "clip" else None
+    return tower if isinstance(tower, dict) else keys
+
+
 def read_class(folder: Path, part: str) -> str:
     """Return the class of a part, as named in the index of a checked folder."""
     return read_object(folder / INDEX)[part][1]
@@ -142,12 +154,12 @@ def _check_pipeline(config: "DiffusersConfig", index: dict[str, Any]) -> None:
 def _check_channels(config: "DiffusersConfig", folder: Path) -> None:
     """Check that the network takes the decoder's latents and nothing else."""
     network = read_object(folder / config.network_name / "config.json")
-    taken, given = network.get("in_channels"), read_object(folder / "vae" / "config.json").get("latent_channels")
+    taken, given = network.get("in_channels"), read_object(folder / "vae" / "config.json").get(config.latent_key)
     if taken and given and taken != given * config.latent_packing:
         raise ValueError(
             f"its {config.network_name} takes latents of {taken} channels and its decoder has {given}: a model with an "
             f"image as a second input, which no family here trains (in_channels in {config.network_name}/config.json, "
-            "latent_channels in vae/config.json)"
+            f"{config.latent_key} in vae/config.json)"
         )
 
 

@@ -1,5 +1,6 @@
 """The sizes of a diffusers model, from its configuration files. Nothing is loaded."""
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -8,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ray_ddpo.common.diffusion.loading.model_index import about_model, read_object
+from ray_ddpo.common.diffusion.loading.model_index import about_model, read_object, text_tower
 from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
 from ray_ddpo.common.diffusion.memory.network_memory import Inputs, count_network
+from ray_ddpo.common.diffusion.memory.network_work import decoder_work
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes, parameter_bytes
 from ray_ddpo.common.diffusion.policy import quiet_libraries
 from ray_ddpo.common.model_files.model_hub import file_from_hub
@@ -29,8 +31,7 @@ def read_config(model: str, folder: Path, published: dict[str, Configs], part: s
     if folder.is_dir():
         with about_model(model):
             found = read_object(folder / part / "config.json")
-        # A full CLIP's configuration has one for each tower; transformers takes the text tower's.
-        return found["text_config"] if isinstance(found.get("text_config"), dict) else found
+        return text_tower(found)
     if model in published:
         return published[model][part]
     file = file_from_hub(model, f"{part}/config.json", f"policy.model is {model!r}, whose {part}/config.json is needed")
@@ -65,10 +66,11 @@ def _count(config: "DiffusersConfig", configs: Configs, sampling: SamplingTable,
     for part in parts.values():
         part.to(config.loaded_dtype)
     network, vae = parts.pop(config.network_name), parts.pop("vae")
-    config.set_up_decoder(vae)
+    config.set_up_decoder(vae.requires_grad_(False))
+    decode = functools.partial(config.decoded, vae)
     shapes, latent_shape = config.conditioning_shapes(configs), config.latent_shape(dict(network.config))
     inputs = Inputs(config.network_call(sampling), latent_shape, shapes, config.branches(sampling))
-    counts = count_network(config, network, inputs, device)
+    counts = count_network(config, network, inputs, device, of_diffusers=True)
     held = counts.network_bytes + library_bytes(device)
     encoders, decoder = sum(parameter_bytes(part) for part in parts.values()), parameter_bytes(vae)
     offloaded = config.offload and device == "cuda"
@@ -82,9 +84,13 @@ def _count(config: "DiffusersConfig", configs: Configs, sampling: SamplingTable,
         trained_parameters=counts.trained,
         learner=counts.learner,
         sampling=counts.sampler.sampling().plus(held + (0 if offloaded else encoders + decoder)),
-        decoding=counts.sampler.decoding(vae).plus(held + decoder + (0 if offloaded else encoders)),
+        decoding=counts.sampler.decoding(decode, vae.dtype).plus(held + decoder + (0 if offloaded else encoders)),
         encoding_bytes=held + encoders + (0 if offloaded else decoder),
         network_bytes=counts.network_bytes,
+        work=counts.work and replace(counts.work, decoding=decoder_work(decode, vae.dtype, latent_shape)),
+        units=counts.units,
+        decoding_gradient=counts.sampler.decoding_gradient(decode, vae.dtype),
+        decoder_bytes=decoder,
     )
 
 

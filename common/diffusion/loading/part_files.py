@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_ddpo.common.diffusion.host_loading import may_leave_unread
 from ray_ddpo.common.diffusion.loading.library_errors import library_errors
 from ray_ddpo.common.diffusion.loading.model_index import (
     PartNotThere,
@@ -14,6 +15,7 @@ from ray_ddpo.common.diffusion.loading.model_index import (
     read_object,
     with_article,
 )
+from ray_ddpo.common.diffusion.loading.unread_network import unread_network
 from ray_ddpo.common.model_files.file_faults import DamagedFile, check_file, refuse_not_finite
 from ray_ddpo.common.model_files.pretrained import weights_fault
 
@@ -125,6 +127,10 @@ def load_part(config: "DiffusersConfig", folder: Path, part: str, weights: PartW
     dtype = {"torch_dtype" if of_diffusers else "dtype": config.loaded_dtype}
     keys = read_object(folder / part / "config.json")
     with library_errors(None, f"its {part} cannot be made as {part}/config.json says", keys):
+        if may_leave_unread() and part == config.network_name:
+            network = unread_network(getattr(library, name), folder / part, weights.files, config.loaded_dtype)
+            if network is not None:
+                return network
         model, found = getattr(library, name).from_pretrained(
             str(folder / part),
             variant=weights.variant,

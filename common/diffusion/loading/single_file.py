@@ -56,6 +56,11 @@ def check_single_file(config: "DiffusersConfig") -> None:
     with about_model(config.model):
         if not path.is_file():
             raise ValueError("there is no such file")
+        if config.pipeline_class in FAMILIES and config.pipeline_class not in BY_REPOSITORY.values():
+            raise ValueError(
+                "this family's models are not read from single files: give a folder in diffusers' format or a hub name, "
+                f"such as '{example}'"
+            )
         if path.suffix != SAFE:
             raise ValueError(f"it is no {SAFE} file, and pickles are not opened: {convert}")
         check_file(path)

@@ -1,11 +1,13 @@
 """Low-rank adapters (Hu et al. 2021): load, publish and save them, and disable them for the reference policy."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 from pydantic import Field, model_serializer
 from torch import Tensor, nn
@@ -20,10 +22,9 @@ from ray_ddpo.common.diffusion.lora.files import (
     read_lora_file,
     save_with_header,
 )
-from ray_ddpo.common.policy_weights import PolicyWeights, packed, verified
+from ray_ddpo.common.diffusion.lora.fused import ADAPTER, is_fused
+from ray_ddpo.common.policy_weights import PIECE, PolicyWeights, packed, verified
 from ray_ddpo.common.recipe.registry import Component
-
-ADAPTER = "default"  # PEFT's name for the trained adapter
 
 
 class LoraSettings(Component):
@@ -45,11 +46,12 @@ class LoraSettings(Component):
 
 
 def compute_adapters_in(network: nn.Module, device: str, dtype: torch.dtype) -> None:
-    """Let float32 adapters compute in the half precision of the surrounding layers, by autocast in these layers only.
+    """Let float32 adapters that are not fused compute in the half precision of their layers, by autocast in these only.
 
-    Autocast around the full network would run every norm in float32 and double the size of its activations.
+    Fused adapters do so themselves. Autocast around the full network would run every norm in float32 and double the
+    size of its activations.
     """
-    for layer in adapted_layers(network).values():
+    for layer in unfused_layers(network):
         # A cast to float32 would be undone by autocast: the same bits, with two more copies.
         layer.cast_input_dtype_enabled = False
         layer.forward = torch.autocast(device.partition(":")[0], dtype)(layer.forward)
@@ -61,10 +63,10 @@ def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def read_weights(network: nn.Module, policy_version: int) -> PolicyWeights:
-    """Return a copy of the trained parameters, to be published."""
+    """Return a copy of the trained parameters in float32, to be published."""
     parameters = trained_parameters(network)
     shapes = {name: value.shape for name, value in parameters.items()}
-    return packed(policy_version, shapes, (value.detach().cpu().numpy() for value in parameters.values()))
+    return packed(policy_version, shapes, (value.detach().float().cpu().numpy() for value in parameters.values()))
 
 
 @torch.no_grad()
@@ -83,10 +85,37 @@ def load_weights(network: nn.Module, weights: PolicyWeights) -> int:
             f"weights of version {weights.policy_version} do not fit the network: it lacks {foreign} and still needs "
             f"{missing}"
         )
-    for name, array in verified(weights).arrays().items():
-        # Copy, because torch warns about read-only buffers such as a view of Ray's store.
-        parameters[name].copy_(torch.from_numpy(array.copy()))
+    for values, piece in in_pieces(verified(weights), list(parameters.values())):
+        on_device = as_tensor(piece).to(values[0].device)  # one copy from the host, and copies on the device behind it
+        for value, part in zip(values, on_device.split([each.numel() for each in values]), strict=True):
+            value.copy_(part.view(value.shape), non_blocking=True)
     return len(parameters)
+
+
+def in_pieces(
+    weights: PolicyWeights, parameters: list[nn.Parameter]
+) -> Iterator[tuple[list[nn.Parameter], np.ndarray]]:
+    """Yield parameters of one device that lie behind one another in the weights, with their numbers.
+
+    A piece has at most PIECE numbers, or a single larger parameter.
+    """
+    start, held = 0, 0
+    behind: list[nn.Parameter] = []
+    for value in parameters:
+        if behind and (held + value.numel() > PIECE or value.device != behind[0].device):
+            yield behind, weights.buffer[start : start + held]
+            behind, start, held = [], start + held, 0
+        behind.append(value)
+        held += value.numel()
+    if behind:
+        yield behind, weights.buffer[start:]
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """Return a tensor that shares the array's memory and is only read: the array may be a view of Ray's store."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 @final
@@ -138,6 +167,11 @@ def adapted_layers(network: nn.Module) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def unfused_layers(network: nn.Module) -> list[Any]:
+    """Return the layers whose adapter PEFT computes: convolutions, embeddings, and linear layers that are not plain."""
+    return [layer for layer in adapted_layers(network).values() if not is_fused(layer)]
 
 
 def module_of(name: str) -> str:

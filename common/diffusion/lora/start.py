@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from ray_ddpo.common.diffusion.lora.adapters import (
-    ADAPTER,
     LoraSettings,
     adapted_layers,
     load_lora_file,
@@ -15,14 +14,20 @@ from ray_ddpo.common.diffusion.lora.adapters import (
 )
 from ray_ddpo.common.diffusion.lora.diffusers_format import load_any_lora
 from ray_ddpo.common.diffusion.lora.files import LoraFile, read_lora_file
+from ray_ddpo.common.diffusion.lora.fused import ADAPTER, fuse_adapters
 from ray_ddpo.common.model_files.model_hub import first_line
 from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS
+
+# Parts of the last block whose output nothing reads, by the network's class: they get no gradients and are not trained.
+UNREAD_IN_LAST_BLOCK = {
+    "QwenImageTransformer2DModel": ("attn.add_q_proj", "attn.to_add_out", "attn.norm_added_q", "txt_norm2", "txt_mlp"),
+}
 
 
 def make_trainable(network: nn.Module, train: str, lora: LoraSettings) -> None:
     """Enable gradients only for trained parameters, which are float32: the adapters ("lora") or all ("full").
 
-    Adapters are new, or loaded from the file that `lora.path` names.
+    Adapters are new, or loaded from the file that `lora.path` names. Those of linear layers are fused.
 
     Raises:
         ValueError: A target module is not a layer that can be adapted, or the file does not fit.
@@ -32,8 +37,13 @@ def make_trainable(network: nn.Module, train: str, lora: LoraSettings) -> None:
         start_from_file(network, lora)
     elif train == "lora":
         attach(network, {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.target_modules)})
+    for part in UNREAD_IN_LAST_BLOCK.get(type(network).__name__, ()):
+        blocks = network.get_submodule("transformer_blocks")
+        blocks.get_submodule(f"{len(list(blocks.children())) - 1}.{part}").requires_grad_(False)
     for parameter in trained_parameters(network).values():
         parameter.data = parameter.data.float()
+    if train == "lora":
+        fuse_adapters(network)
 
 
 def attach(network: nn.Module, settings: dict[str, Any]) -> None:

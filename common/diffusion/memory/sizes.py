@@ -8,6 +8,8 @@ from pydantic import ConfigDict
 from torch import nn
 
 from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes
+from ray_ddpo.common.diffusion.memory.network_work import NetworkWork
+from ray_ddpo.common.diffusion.units import parameters_by_unit
 
 DeviceKind = Literal["cpu", "cuda"]
 
@@ -18,6 +20,26 @@ LEFT_FREE = 0.1  # of the rest, for fragmentation and for prediction errors of t
 def usable_bytes(memory: float | int, processes: int = 1) -> float:
     """Return the bytes that tensors may take of a GPU's memory if `processes` share it."""
     return (1 - LEFT_FREE) * (memory - processes * CONTEXT_BYTES)
+
+
+@dataclass(frozen=True)
+class UnitBytes:
+    """Bytes of the learner's network as a rank gathers it block by block. All are 0 if the blocks are not known."""
+
+    weights: int = 0  # of all parameters, in the learner's dtypes
+    largest: int = 0  # the block with the most bytes
+    largest_gradients: int = 0  # the most bytes of gradients that a block has
+    # Copies in half precision that autocast keeps of all weights during a pass, and only of a block's if sharded.
+    cached: int = 0
+
+    @property
+    def gathered(self) -> int:
+        """Return the most bytes that a rank gathers at a time.
+
+        These are two blocks, since the next one is gathered while one computes, the buffer that the second arrives in,
+        and a block's gradients, with the buffer that they are summed in.
+        """
+        return 3 * self.largest + 2 * self.largest_gradients
 
 
 @dataclass(frozen=True)
@@ -38,6 +60,11 @@ class PolicySizes:
     encoding_bytes: int  # the weights that a sampler holds while it encodes prompts
     conditioning_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of conditioning that is not floating
     network_bytes: int = 0  # the sampler's network alone, with the copy of base weights if adapters are merged
+    work: NetworkWork | None = None  # operations of a row and of decoding; None: not counted
+    units: UnitBytes = UnitBytes()  # the learner's network by its blocks
+    # Decoding with gradients of the latents, by images, without the decoder's weights; None: not counted.
+    decoding_gradient: PeakBytes | None = None
+    decoder_bytes: int = 0  # the decoder's weights
 
     def sampler_bytes(self, batch: int) -> int:
         """Return a sampler's peak for a task of `batch` images."""
@@ -48,6 +75,16 @@ class PolicySizes:
         if self.encoding_bytes > limit:
             return 0
         return min(self.sampling.largest(limit), self.decoding.largest(limit))
+
+
+def unit_bytes(network: nn.Module) -> UnitBytes:
+    """Return the bytes of a network's blocks, whose trained parameters have gradients."""
+    units = parameters_by_unit(network)
+    return UnitBytes(
+        weights=parameter_bytes(network),
+        largest=max(sum(each.nbytes for each in unit) for unit in units),
+        largest_gradients=max(sum(each.nbytes for each in unit if each.requires_grad) for unit in units),
+    )
 
 
 def count_parameters(module: nn.Module) -> int:

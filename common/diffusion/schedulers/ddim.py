@@ -1,6 +1,7 @@
 """DDIM (Song et al. 2021): mean and standard deviation of one step, from the paper's equations 12 and 16."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.schedulers.conversion import FILE, ddim_config
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, NoisedLatents, column
+from ray_ddpo.common.diffusion.schedulers.second_order import SMALLEST_ALPHA, SolverLevels
 from ray_ddpo.common.diffusion.transition import Transition
 
 
@@ -29,6 +31,10 @@ class DDIMTable(DenoisingSteps):
 
     def std(self) -> Float[Tensor, "T"]:
         """Return σ of each step (eq. 16); 0 where the step is deterministic."""
+        return self._std
+
+    @cached_property
+    def _std(self) -> Float[Tensor, "T"]:
         variance = (1 - self.next_alphas_cumprod) / (1 - self.alphas_cumprod)
         return self.eta * (variance * (1 - self.alphas_cumprod / self.next_alphas_cumprod)).clamp(min=0).sqrt()
 
@@ -50,6 +56,22 @@ class DDIMTable(DenoisingSteps):
         std = self.std()[steps] if stochastic else torch.zeros_like(alpha).flatten()
         mean = next_alpha.sqrt() * clean + (1 - next_alpha - column(std).square()).clamp(min=0).sqrt() * noise
         return Transition(mean, std)
+
+    def solver_levels(self) -> SolverLevels:
+        alphas = torch.cat([self.alphas_cumprod, self.next_alphas_cumprod[-1:]]).clamp(min=SMALLEST_ALPHA)
+        return SolverLevels(((1 - alphas) / alphas).sqrt(), self.prediction_type)
+
+    def clean(
+        self, latents: Float[Tensor, "B C H W"], model_output: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B C H W"]:
+        alpha = column(self.alphas_cumprod[steps])
+        return _clean_and_noise(self.prediction_type, latents.float(), model_output.float(), alpha)[0]
+
+    def noised(
+        self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], step: int
+    ) -> Float[Tensor, "B C H W"]:
+        alpha = self.alphas_cumprod[step]
+        return alpha.sqrt() * clean_latents + (1 - alpha).sqrt() * noise
 
     def add_noise(
         self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], timesteps: Int[Tensor, "B"]

@@ -1,6 +1,8 @@
-"""Flow matching (Lipman et al. 2023) as an SDE: mean and standard deviation of one step, as in Flow-GRPO."""
+"""Flow matching (Lipman et al. 2023) with noise: mean and standard deviation of one step, by each of three samplers."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,12 +11,14 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.schedulers.conversion import FILE, flow_config, written_keys
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, NoisedLatents, column
+from ray_ddpo.common.diffusion.schedulers.second_order import FLOW_PREDICTION, SolverLevels
 from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.recipe.sampling_table import FlowSampler
 
 
 @dataclass(frozen=True)
 class FlowMatchTable(DenoisingSteps):
-    """x_σ = (1 − σ) x0 + σ ε, from σ = 1 to 0. The network predicts v = ε − x0."""
+    """Flow-SDE: x_σ = (1 − σ) x0 + σ ε, from σ = 1 to 0. The network predicts v = ε − x0."""
 
     timesteps: Float[Tensor, "T"]  # 1000 σ
     sigmas: Float[Tensor, "T"]  # where the step starts
@@ -24,7 +28,7 @@ class FlowMatchTable(DenoisingSteps):
 
     def to(self, device: str) -> "FlowMatchTable":
         """Return the table on another device."""
-        return FlowMatchTable(**{name: value.to(device) for name, value in vars(self).items()})
+        return type(self)(**{each.name: getattr(self, each.name).to(device) for each in fields(self)})
 
     @property
     def num_train_timesteps(self) -> int:
@@ -32,12 +36,20 @@ class FlowMatchTable(DenoisingSteps):
 
     def diffusion(self) -> Float[Tensor, "T"]:
         """Return s = √(σ / (1 − σ′)) · a (Flow-GRPO, section 4.2); σ′ is σ or, at σ = 1, the schedule's second σ."""
+        return self._diffusion
+
+    @cached_property
+    def _diffusion(self) -> Float[Tensor, "T"]:
         # A shifted σ may differ from 1 by a rounding error, in either direction.
         finite = torch.where(self.sigmas > 1 - 1e-5, self.next_sigmas[0], self.sigmas)
         return (self.sigmas / (1 - finite)).sqrt() * self.noise_level
 
     def std(self) -> Float[Tensor, "T"]:
         """Return s √(−dt); 0 where the step is deterministic."""
+        return self._std
+
+    @cached_property
+    def _std(self) -> Float[Tensor, "T"]:
         return self.diffusion() * (self.sigmas - self.next_sigmas).sqrt()
 
     def transition(
@@ -59,6 +71,21 @@ class FlowMatchTable(DenoisingSteps):
         mean = latents * (1 + half * change) + velocity * (1 + half * (1 - sigma)) * change
         return Transition(mean, std)
 
+    def solver_levels(self) -> SolverLevels:
+        return SolverLevels(torch.cat([self.sigmas, self.next_sigmas[-1:]]).clamp(max=1.0), FLOW_PREDICTION)
+
+    def clean(
+        self, latents: Float[Tensor, "B C H W"], model_output: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B C H W"]:
+        """Return x0 = x_σ − σ v."""
+        return latents.float() - column(self.sigmas[steps]) * model_output.float()
+
+    def noised(
+        self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], step: int
+    ) -> Float[Tensor, "B C H W"]:
+        sigma = self.sigmas[step]
+        return (1 - sigma) * clean_latents + sigma * noise
+
     def add_noise(
         self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], timesteps: Int[Tensor, "B"]
     ) -> NoisedLatents:
@@ -71,8 +98,68 @@ class FlowMatchTable(DenoisingSteps):
         return self.training_sigmas[timesteps]
 
 
+@dataclass(frozen=True)
+class DanceTable(FlowMatchTable):
+    """Dance-SDE (DanceGRPO, arXiv 2505.07818, equation 8): Flow-SDE's step with one diffusion s = η at all noise levels."""
+
+    @cached_property
+    def _diffusion(self) -> Float[Tensor, "T"]:
+        return self.noise_level
+
+
+@dataclass(frozen=True)
+class CPSTable(FlowMatchTable):
+    """Coefficients-preserving sampling (arXiv 2509.05952): the next latents have exactly the schedule's signal and noise.
+
+    A part of the predicted noise is replaced by new noise, in proportions cos and sin of η π/2.
+    """
+
+    @cached_property
+    def _angle(self) -> Float[Tensor, "T"]:
+        return self.noise_level.double() * (math.pi / 2)
+
+    @cached_property
+    def _std(self) -> Float[Tensor, "T"]:
+        return self.next_sigmas * self._angle.sin().float()
+
+    @cached_property
+    def _kept_noise(self) -> Float[Tensor, "T"]:
+        # Not √(σ'² − std²), which is of a negative number if rounding makes std the larger one.
+        return self.next_sigmas * self._angle.cos().float()
+
+    def diffusion(self) -> Float[Tensor, "T"]:
+        """Return s for which s √(−dt) is the step's standard deviation."""
+        return self._std / (self.sigmas - self.next_sigmas).sqrt()
+
+    def transition(
+        self,
+        latents: Float[Tensor, "B C H W"],
+        model_output: Float[Tensor, "B C H W"],
+        steps: Int[Tensor, "B"],
+        stochastic: bool = True,
+    ) -> Transition:
+        """Return the step's distribution: μ = (1 − σ') x̂0 + σ' cos(η π/2) ε̂, with standard deviation σ' sin(η π/2).
+
+        Here x̂0 = x − σ v and ε̂ = x + (1 − σ) v. With η = 0 this is the Euler step.
+        """
+        if not stochastic:
+            return super().transition(latents, model_output, steps, stochastic)
+        latents, velocity = latents.float(), model_output.float()
+        sigma, signal = column(self.sigmas[steps]), column((1 - self.next_sigmas)[steps])
+        clean, noise = latents - sigma * velocity, latents + (1 - sigma) * velocity
+        return Transition(signal * clean + column(self._kept_noise[steps]) * noise, self.std()[steps])
+
+
+TABLES: dict[FlowSampler, type[FlowMatchTable]] = {"flow": FlowMatchTable, "dance": DanceTable, "cps": CPSTable}
+
+
 def flow_match_table(
-    scheduler_config: dict[str, Any], num_steps: int, noise_level: float, image_tokens: int, evenly_spaced: bool
+    scheduler_config: dict[str, Any],
+    num_steps: int,
+    noise_level: float,
+    image_tokens: int,
+    evenly_spaced: bool,
+    sde: FlowSampler | None = None,
 ) -> FlowMatchTable:
     """Return the table for a diffusers scheduler configuration, on the CPU.
 
@@ -81,13 +168,34 @@ def flow_match_table(
     Args:
         scheduler_config: the diffusers configuration.
         num_steps: the number of steps.
-        noise_level: a, in `diffusion`.
+        noise_level: a or η of the stochastic sampler.
         image_tokens: decides how far noise levels are shifted, if the configuration asks for dynamic shifting.
         evenly_spaced: whether σ goes in equal steps from 1 to 1/T before the shift, as in FLUX, instead of down to the
             schedule's own minimum.
+        sde: the stochastic sampler, as the recipe has it. None: Flow-SDE.
 
     Raises:
         ValueError: The configuration's steps are no flow from noise to the image, or have noise of their own.
+    """
+    scheduler, training_sigmas = _scheduler_with_steps(scheduler_config, num_steps, image_tokens, evenly_spaced)
+    sigmas = scheduler.sigmas
+    if not sigmas.isfinite().all() or not (sigmas.diff() < 0).all() or sigmas[0] > 1 + 1e-5:
+        raise ValueError(
+            f"sampling.num_steps is {num_steps}, and the model's scheduler has noise levels {sigmas.tolist()[:4]} …: "
+            f"they must fall from 1 or less to 0, step by step (shift, shift_terminal and the like in {FILE})"
+        )
+    levels = torch.full((num_steps,), noise_level)
+    levels[-1] = 0.0
+    return TABLES[sde or "flow"](scheduler.timesteps, sigmas[:-1], sigmas[1:], levels, training_sigmas)
+
+
+def _scheduler_with_steps(
+    scheduler_config: dict[str, Any], num_steps: int, image_tokens: int, evenly_spaced: bool
+) -> tuple[Any, Tensor]:
+    """Return diffusers' scheduler with its steps set, and σ of each of the model's own timesteps.
+
+    Raises:
+        ValueError: No schedule follows from the configuration.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -108,12 +216,4 @@ def flow_match_table(
         raise ValueError(
             f"the model's scheduler has {shown}, of which no schedule follows: {error} (in {FILE})"
         ) from None
-    sigmas = scheduler.sigmas
-    if not sigmas.isfinite().all() or not (sigmas.diff() < 0).all() or sigmas[0] > 1 + 1e-5:
-        raise ValueError(
-            f"sampling.num_steps is {num_steps}, and the model's scheduler has noise levels {sigmas.tolist()[:4]} …: "
-            f"they must fall from 1 or less to 0, step by step (shift, shift_terminal and the like in {FILE})"
-        )
-    levels = torch.full((num_steps,), noise_level)
-    levels[-1] = 0.0
-    return FlowMatchTable(scheduler.timesteps, sigmas[:-1], sigmas[1:], levels, training_sigmas)
+    return scheduler, training_sigmas

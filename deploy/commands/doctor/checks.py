@@ -34,6 +34,9 @@ PYPROJECT = Path(__file__).parents[4] / "pyproject.toml"
 ON_CPU = RuntimeTable(device="cpu")
 MADE_UP = (Prompt("a photo of a cat"), Prompt("a photo of a dog"))
 NOISE_SIZE = 256  # pixels of the image that a reward is tried on
+SERVICE_ADVICE = (
+    "see that the service runs at this address; correct what the message names, such as the model or the key"
+)
 NEARLY = 0.8  # share of the available bytes from which on a finding is a warning
 
 
@@ -150,7 +153,7 @@ def _probe(folder: RunFolder) -> None:
 
 def checkpoint_bytes(recipe: Recipe, numbers: Plan) -> int:
     """Return a checkpoint's size: max_policy_lag + 1 versions of the weights, moving average, optimizer state."""
-    versions = num_kept(recipe.max_policy_lag) + (recipe.evaluation.ema_decay is not None)
+    versions = num_kept(recipe.kept_lag) + (recipe.evaluation.ema_decay is not None)
     return numbers.broadcast_bytes * versions + numbers.optimizer_bytes
 
 
@@ -240,7 +243,7 @@ def _tried(
     try:
         reward.check()
     except ValueError as error:
-        yield Finding("fault", subject, f"{name} does not answer: {first_line(error)}", "see that it runs")
+        yield Finding("fault", subject, f"{name} cannot score: {first_line(error)}", SERVICE_ADVICE)
         return
     noise = np.random.default_rng(0).integers(0, 256, (len(prompts), NOISE_SIZE, NOISE_SIZE, 3), np.uint8)
     scores = worker.score(ImageBatch(noise, prompts))

@@ -55,8 +55,12 @@ from ray_ddpo.deploy.driver.cluster import attach, attaches, check_temporary_fol
 from ray_ddpo.deploy.driver.components import Components, build_reward, check_packages, components_of
 from ray_ddpo.deploy.driver.numerics_notes import rows_note
 from ray_ddpo.deploy.driver.workers import place_options
+from ray_ddpo.learner.algorithms.policy_gradient import PolicyGradient
+from ray_ddpo.learner.algorithms.reward_gradient import RewardGradient
+from ray_ddpo.learner.restart_check import tolerance_of
 
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
+ACCELERATOR = "accelerator_type:"  # begins Ray's name of the resource
 TRIED = 2  # images that a reward scores
 MARK, SUBJECT, NUMBER_WIDTH = 9, 15, 7  # columns
 At = Callable[..., Any]  # (role's table, function, arguments) -> its result, computed where the role's actors would run
@@ -126,6 +130,7 @@ def _component_findings(components: Components) -> Iterator[Finding | MeasuredNo
 
 def _prompt_findings(components: Components, sampled: list[Prompt]) -> Iterator[Finding]:
     """Sample the prompts of run and evaluation, and append the first to `sampled`. Yields no finding."""
+    components.prompts.check()
     task = round_tasks(components.recipe, 0, components.prompts.load())[0]
     sampled += task.prompts[:TRIED]
     build_eval_set(components.recipe.evaluation, components.prompts)
@@ -209,7 +214,21 @@ def _noise(components: Components, at: At) -> Iterator[Finding | MeasuredNoise]:
     noise = at(recipe.learner, score_again, recipe, sampled)
     clip = clip_range(components.algorithm, noise.latent_elements)
     yield MeasuredNoise(noise, clip)
-    yield from noise_findings(noise, clip, recipe.sampling)
+    reads_log_probs = isinstance(components.algorithm, PolicyGradient)
+    yield from noise_findings(noise, clip, recipe.sampling, reads_log_probs)
+    if isinstance(components.algorithm, RewardGradient) and noise.restart_levels is not None:
+        yield restart_finding(noise.restart_levels, tolerance_of(components.algorithm, components.policy))
+
+
+def restart_finding(levels: float, tolerance: float) -> Finding:
+    """Compare the difference of the learner's images from the sampler's with the tolerance of a run."""
+    found = (
+        f"the learner's last steps make the sampler's images within {levels:.2g} of {tolerance:g} accepted grey levels"
+    )
+    if levels <= tolerance:
+        return Finding("ok", "restarts", found)
+    found = f"the learner's last steps miss the sampler's images by {levels:.2g} grey levels, and {tolerance:g} are accepted"
+    return Finding("fault", "restarts", found, "give sampler and learner the same dtype, or a larger restart_tolerance")
 
 
 def _at_cluster(recipe: Recipe) -> At:
@@ -255,11 +274,11 @@ def _free_memory() -> FreeMemory:
 def _this_machine(recipe: Recipe) -> Resources:
     """Return the resources of a cluster started here: as many CPUs as the roles ask for, and this machine's GPUs."""
     roles = roles_of(recipe)
-    cpus = sum(role.table.num_cpus * role.count for role in roles)
+    cpus = sum(role.asks.get("CPU", 0) * role.count for role in roles)
     gpus = torch.cuda.device_count()
     names = " ".join(torch.cuda.get_device_name(index) for index in range(gpus))
-    asked = [role.table.accelerator_type for role in roles]
-    accelerators = {f"accelerator_type:{kind}": 1.0 for kind in asked if kind and kind in names}
+    asked = {name for role in roles for name in role.asks if name.startswith(ACCELERATOR)}
+    accelerators = {name: 1.0 for name in asked if name.removeprefix(ACCELERATOR) in names}
     return {"CPU": max(os.cpu_count() or 1, cpus), "GPU": gpus, **accelerators}
 
 

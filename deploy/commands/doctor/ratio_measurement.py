@@ -20,13 +20,17 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RoleTable, RuntimeTable
 from ray_ddpo.common.runtime import settle
 from ray_ddpo.common.schedule import round_tasks, transition_order
-from ray_ddpo.common.trajectory import DTYPES, Trajectory
+from ray_ddpo.common.trajectory import DTYPES, TaskReport, TrainBatch, Trajectory
 from ray_ddpo.deploy.commands.doctor.ratio_noise import Kind, Noise, RatioComparison
-from ray_ddpo.deploy.driver.components import components_of
+from ray_ddpo.deploy.driver.components import Components, components_of, with_reward_gradients
 from ray_ddpo.deploy.driver.trial_prompts import checked_prompts, trial_prompts
+from ray_ddpo.learner.algorithms.algorithm import Algorithm
+from ray_ddpo.learner.algorithms.reward_gradient import RewardGradient
 from ray_ddpo.learner.learning_trial import try_learning
-from ray_ddpo.learner.optimization.micro_batch import micro_batch_size
+from ray_ddpo.learner.optimization.checkpointing import fit_micro_batches, loadable
+from ray_ddpo.learner.restart_check import restart_error
 from ray_ddpo.learner.round_data.reference_passes import log_probs_under
+from ray_ddpo.learner.round_data.restarts import restarts_of
 from ray_ddpo.learner.round_data.transitions import RoundTransitions, indices_of, micro_batches, round_transitions
 
 TRAINED = 0.02  # standard deviation of the noise added to a merged adapter's weights
@@ -35,6 +39,7 @@ KERNELS = {
     "math attention": SDPBackend.MATH,
     "memory-efficient attention": SDPBackend.EFFICIENT_ATTENTION,
     "flash attention": SDPBackend.FLASH_ATTENTION,
+    "cuDNN attention": SDPBackend.CUDNN_ATTENTION,
 }
 
 
@@ -92,22 +97,44 @@ def score_again(recipe: Recipe, sampled: TrialSample) -> Noise:
     """Score the trajectories again in every way that this device supports."""
     device, components = settle(runtime_of(recipe.learner, recipe.runtime)), components_of(recipe)
     config = components.policy
-    policy = load_checked(config, device, recipe.sampling, "learner")
-    try_learning(policy, config, components.algorithm, recipe)
-    size = micro_batch_size(policy, config, components.algorithm, recipe)
+    policy = load_checked(loadable(config), device, recipe.sampling, "learner")
+    algorithm = components.algorithm
+    if algorithm.restarts_per_image is not None:
+        algorithm = with_reward_gradients(components)
+        algorithm.load(policy, config)  # the decoder and the rewards, which are tried too
+    try_learning(policy, config, algorithm, recipe)
+    size, _ = fit_micro_batches(policy, config, algorithm, recipe)
     policy.load_weights(sampled.weights)
     unavailable: list[str] = []
+    levels = _restart_levels(policy, algorithm, components, sampled.as_stored)
     comparisons = tuple(_comparisons(policy, recipe, sampled, size, unavailable))
     if config.is_compiled("learner"):  # last, else every other comparison would compile again
         policy.compile(size)
-        comparisons = (*map(_not_compiled, comparisons), _as_the_learner(policy, recipe, sampled.as_stored, size))
+        compiled = _as_the_learner(policy, recipe, sampled.as_stored, size, is_compiled=True)
+        comparisons = (*map(_not_compiled, comparisons), compiled)
     return Noise(
         comparisons,
         tuple(unavailable),
         int(np.prod(policy.latent_shape)),
         _sensitivity(policy, np.unique(sampled.as_stored.steps.cpu().numpy())),
         device,
+        levels,
     )
+
+
+def _restart_levels(policy: Policy, algorithm: Algorithm, components: Components, path: Trajectory) -> float | None:
+    """Return by how many grey levels the learner's last steps miss the sampler's images; None without restarts."""
+    if not isinstance(algorithm, RewardGradient):
+        return None
+    recipe, count = components.recipe, len(path.steps)
+    task = round_tasks(recipe, 0, components.prompts.load())[0]
+    task = dataclasses.replace(task, prompts=task.prompts[:count], seeds=task.seeds[:count], window=None)
+    batch = TrainBatch(0, (TaskReport(task, "", 0, 0, 0.0),), np.full(count, np.nan))  # rewards are not compared
+    transitions = round_transitions((path,), batch.advantages, policy.device)
+    restarts = restarts_of(algorithm.restarts_per_image, batch, transitions, policy, recipe.sampling)
+    found = restart_error(policy, algorithm, restarts, batch)
+    assert found is not None, "no image is dropped"
+    return found.grey_levels
 
 
 def _comparisons(
@@ -136,9 +163,12 @@ def _comparisons(
         yield _compared(f"rounded to {dtype} once scored", "rounded", path, log_probs)
 
 
-def _as_the_learner(policy: Policy, recipe: Recipe, path: Trajectory, size: int) -> RatioComparison:
+def _as_the_learner(
+    policy: Policy, recipe: Recipe, path: Trajectory, size: int, is_compiled: bool = False
+) -> RatioComparison:
     transitions = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
-    return _compared(f"learner's micro-batches of {size}", "run", path, _in_batches(policy, recipe, transitions, size))
+    log_probs = _in_batches(policy, recipe, transitions, size, is_compiled)
+    return _compared(f"learner's micro-batches of {size}", "run", path, log_probs)
 
 
 def _not_compiled(comparison: RatioComparison) -> RatioComparison:
@@ -151,16 +181,20 @@ def _compared(name: str, kind: Kind, path: Trajectory, log_probs: torch.Tensor) 
     return RatioComparison(name, kind, difference.numpy(), path.steps.cpu().numpy())
 
 
-def _in_batches(policy: Policy, recipe: Recipe, transitions: RoundTransitions, size: int) -> torch.Tensor:
+def _in_batches(
+    policy: Policy, recipe: Recipe, transitions: RoundTransitions, size: int, is_compiled: bool = False
+) -> torch.Tensor:
     """Return log-probs [N, W], computed in the learner's order of images and steps."""
     images = torch.from_numpy(transition_order(recipe.seed, 0, 0, transitions.num_images))
-    return log_probs_under(policy, transitions, micro_batches(indices_of(images, transitions.positions(0)), size))
+    batches = micro_batches(indices_of(images, transitions.positions(0)), size)
+    return log_probs_under(policy, transitions, batches, is_compiled)
 
 
 def _first_image(path: Trajectory) -> Trajectory:
     """Return the first image's trajectory, which is enough if each transition is a separate forward pass."""
-    rows = {name: getattr(path, name)[:1] for name in ("prompt_index", "steps", "log_probs", "latents", "next_latents")}
-    return dataclasses.replace(path, **rows, final_latents=path.final_latents[:1])
+    names = ("prompt_index", "steps", "log_probs", "latents", "next_latents", "final_latents")
+    names += ("start_steps", "start_latents") if path.start_steps is not None else ()
+    return dataclasses.replace(path, **{name: getattr(path, name)[:1] for name in names})
 
 
 def _rounded(path: Trajectory, dtype: torch.dtype) -> Trajectory:

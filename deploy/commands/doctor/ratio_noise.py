@@ -54,6 +54,7 @@ class Noise:
     latent_elements: int  # D: log_prob is a mean over them
     sensitivity: dict[int, float]  # |dμ/dε| / σ of each trained step; empty if unknown
     device: str
+    restart_levels: float | None = None  # grey levels between the sampler's images and the learner's last steps
 
     @property
     def of_the_run(self) -> RatioComparison:
@@ -114,12 +115,14 @@ def step_bars(values: list[float]) -> str:
     return "".join(BARS[min(int(part / highest * len(BARS)), len(BARS) - 1)] if part else NO_BAR for part in parts)
 
 
-def noise_findings(noise: Noise, clip: float | None, sampling: SamplingTable) -> list[Finding]:
-    """Judge what the comparisons mean for a run."""
+def noise_findings(
+    noise: Noise, clip: float | None, sampling: SamplingTable, reads_log_probs: bool = True
+) -> list[Finding]:
+    """Judge what the comparisons mean for a run. The sensitivity of steps matters to losses on log-probs only."""
     findings = [_run_finding(noise, clip, sampling)]
     if clip is not None and sampling.latents_dtype != "float32":
         findings.append(_rounding_finding(noise, clip, sampling.latents_dtype))
-    return [*findings, *_sensitivity_findings(noise, sampling)]
+    return [*findings, *(_sensitivity_findings(noise, sampling) if reads_log_probs else [])]
 
 
 def _run_finding(noise: Noise, clip: float | None, sampling: SamplingTable) -> Finding:

@@ -10,11 +10,14 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
+from ray_ddpo.common.balance import Layout, RoundLoad, best
+from ray_ddpo.common.diffusion.memory.network_work import ASSUMED_BOTH
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import explain
 from ray_ddpo.deploy.commands.migrate.trl_config import COUNTERPARTS, TRL_VERSION, DDPOConfig, TrlRun
 from ray_ddpo.deploy.driver.components import build_components
+from ray_ddpo.deploy.driver.gpu_layout import keys_of
 
 LORA = {"rank": 4, "alpha": 4, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
 NOT_IN_A_CONFIG = (
@@ -71,7 +74,8 @@ def migrate(config: dict[str, Any], processes: int, model: str, reward: str) -> 
             _put(tables, counterpart.key, value)
     tables = {key: value for key, value in tables.items() if value not in ({}, [])}
     _refuse_impossible(tables)
-    return Migrated(tables, [f"From the DDPOConfig of TRL {TRL_VERSION}.", NOT_IN_A_CONFIG, *_notes(run)])
+    head = [f"From the DDPOConfig of TRL {TRL_VERSION}.", *_layout_note(run, model), NOT_IN_A_CONFIG]
+    return Migrated(tables, [*head, *_notes(run)])
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -115,10 +119,39 @@ def _frame(run: TrlRun, model: str, reward: str) -> dict[str, Any]:
     }
     if model not in EMBEDDED_MODELS:  # as many GPUs as accelerate had
         workers = run.config.max_workers if run.config.async_reward_computation else 1
-        tables["samplers"] = {"num_gpus": 0.3} if run.processes == 1 else {"count": run.processes - 1, "num_gpus": 0.9}
+        tables["samplers"] = {"num_gpus": 0.3}
         tables["reward_workers"]["num_gpus"] = int(1000 / max(workers, 1)) / 10_000
-        tables["learner"]["num_gpus"] = 0.6 if run.processes == 1 else 1
+        tables["learner"]["num_gpus"] = 0.6
+        if run.processes > 1:
+            shared = tables["reward_workers"]["num_gpus"] * max(workers, 1)
+            for table, keys in keys_of(_layout(run), shared).items():
+                tables[table] |= keys
     return tables
+
+
+def _layout_note(run: TrlRun, model: str) -> list[str]:
+    """Name the layout of accelerate's GPUs; nothing for a model that needs none."""
+    if model in EMBEDDED_MODELS:
+        return []
+    layout = "1 GPU for all roles" if run.processes == 1 else f"{run.processes} GPUs: {_layout(run).in_words}"
+    return [f"For {layout}, as many GPUs as accelerate had. `ddpo plan RECIPE --gpus N` finds another layout."]
+
+
+def _layout(run: TrlRun) -> Layout:
+    """Return the fastest layout of accelerate's GPUs, with the work of a typical network.
+
+    The network itself is not counted, because at lag 0 the fastest layout hardly depends on it.
+    """
+    config = run.config
+    load = RoundLoad(
+        tasks=max(1, config.sample_num_batches_per_epoch * run.processes),  # what is impossible is refused later
+        sample=float(config.sample_batch_size * config.sample_num_steps),
+        learn=run.images * run.trained_steps * config.train_num_inner_epochs * ASSUMED_BOTH,
+        images_per_step=max(1, run.images_per_step),
+        transitions_per_image=run.trained_steps,
+        micro_batch_size=run.micro_batch_size,
+    )
+    return best(load, run.processes)
 
 
 def _put(tables: dict[str, Any], key: str, value: Any) -> None:

@@ -79,6 +79,11 @@ class TrlRun:
         return self.config.train_batch_size * self.config.train_gradient_accumulation_steps * self.processes
 
     @property
+    def images_per_process(self) -> int:
+        """Return the images of an optimizer step that one process took."""
+        return self.images_per_step // self.processes
+
+    @property
     def trained_steps(self) -> int:
         """Return the number of trained steps of an image. TRL truncates where a recipe rounds."""
         return int(self.config.sample_num_steps * self.config.train_timestep_fraction)
@@ -97,9 +102,13 @@ class TrlRun:
 
     @property
     def micro_batch_size(self) -> int:
-        """Return the largest divisor of an optimizer step's transitions up to twice TRL's batch."""
-        largest = min(2 * self.config.train_batch_size, self.transitions)
-        return next((size for size in range(largest, 0, -1) if self.transitions % size == 0), 1)
+        """Return the largest divisor of a process's transitions of an optimizer step up to twice TRL's batch.
+
+        So it divides a rank's too, with any number of ranks that divides the processes.
+        """
+        transitions = self.transitions // self.processes
+        largest = min(2 * self.config.train_batch_size, transitions)
+        return next((size for size in range(largest, 0, -1) if transitions % size == 0), 1)
 
     @property
     def name(self) -> str:
@@ -243,8 +252,8 @@ COUNTERPARTS = {
     "train_batch_size": Counterpart(
         "learner.batch_size",
         says="a forward pass takes learner.micro_batch_size = {run.micro_batch_size} transitions, the largest divisor "
-        "of an optimizer step's {run.images_per_step} images × {run.trained_steps} steps up to twice TRL's "
-        "{config.train_batch_size}; it changes memory and speed, not the result",
+        "of a process's {run.images_per_process} images × {run.trained_steps} steps of an optimizer step up to twice "
+        "TRL's {config.train_batch_size}; it changes memory and speed, not the result",
     ),
     "train_use_8bit_adam": Counterpart(
         says="AdamW keeps its state in float32: for a LoRA a few megabytes; learner.optimizer = 'adamw_8bit' keeps 8 "
@@ -259,7 +268,7 @@ COUNTERPARTS = {
     "train_gradient_accumulation_steps": Counterpart(
         "learner.gradient_accumulation_steps",
         lambda run: run.config.train_gradient_accumulation_steps * run.processes,
-        "one learner accumulates what {run.processes} processes took together, {run.images_per_step} images a step. "
+        "an optimizer step takes what {run.processes} processes took together, {run.images_per_step} images. "
         "TRL meant the mean of their gradients and did not take it: each process learned from its own images alone",
         lambda run: run.processes == 1,
     ),

@@ -19,6 +19,7 @@ from ray_ddpo.common.diffusion.lora.files import FILE_NAME
 from ray_ddpo.common.diffusion.lora.kohya import READERS
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
 from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.run_storage.reading import read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.report.evaluation import alarm_rows, evaluated_versions, guard_sentences
@@ -110,12 +111,18 @@ def _facts(run: Published) -> list[tuple[str, str]]:
         ("algorithm", recipe.algorithm.name),
         ("rounds", f"{len(rounds)} of {recipe.rounds}, {images:,.0f} images trained on"),
         ("prompts", recipe.prompts.name),
-        ("sampling", f"{sampling.num_steps} steps, eta {sampling.eta:g}, guidance {sampling.guidance_scale:g}"),
+        ("sampling", f"{sampling.num_steps} steps, {_noise(sampling)}, guidance {sampling.guidance_scale:g}"),
         ("learning rate", f"{recipe.learner.learning_rate:g}"),
         ("version", f"after round {run.weights.policy_version}"),
         ("fingerprint", run.weights.fingerprint),
     ]
     return [*facts, *versions(read_text(run.folder.storage, run.folder.recipe))]
+
+
+def _noise(sampling: SamplingTable) -> str:
+    if sampling.deterministic:
+        return "deterministic"
+    return f"eta {sampling.eta:g}" + (f" of {sampling.sde!r}" if sampling.sde else "")
 
 
 def _programs(policy: PolicyConfig) -> list[tuple[str, str, str]]:
@@ -196,7 +203,7 @@ def _sampling_lines(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> lis
     sampling, keys = recipe.sampling, [repr(prompt)]
     keys += [f"num_inference_steps={sampling.num_steps}", f"guidance_scale={sampling.guidance_scale}"]
     if policy.scheduler_class:  # pipelines of flow models add no noise
-        keys.append(f"eta={sampling.eta}")
+        keys.append(f"eta={0.0 if sampling.deterministic else sampling.eta}")
     if policy.given_sizes:  # both, because some pipelines ignore one without the other
         own = policy.part_config(policy.network_name).get("sample_size", OWN_LATENT_SIZE)
         height, width = (policy.scale_factor * side for side in policy.latent_sides(own))

@@ -78,6 +78,16 @@ def run_charts(rounds: list[Metrics], rewards: Sequence[str]) -> list[Chart]:
         ]
     wanted += [
         (
+            "spread of rewards",
+            "standard deviation over all images of a round, and the mean of those within groups",
+            [series("reward/std", "all images"), series("reward/group_std", "within groups")],
+        ),
+        (
+            "groups",
+            "share of groups whose images all have the same reward, and of images with the best reward",
+            [series("reward/zero_std_groups", "without spread"), series("reward/saturation", "saturation")],
+        ),
+        (
             "KL",
             "nats a denoising step; an unbiased estimate from the round's images, so noise may put it below 0",
             [series("kl_nats", "of the update"), series("kl_reference_nats", "to the pretrained model")],
@@ -91,6 +101,11 @@ def run_charts(rounds: list[Metrics], rewards: Sequence[str]) -> list[Chart]:
             "seconds by part",
             "sampling and scoring are summed over a round's tasks",
             [series(f"seconds/{part}", part) for part in ("sample", "score", "learn", "round")],
+        ),
+        (
+            "MFU",
+            "counted operations as a share of what matrix products could do in the same seconds",
+            [series("mfu/sampler", "samplers"), series("mfu/learner", "learner")],
         ),
     ]
     found = [chart(title, caption, column(rounds, "round"), lines) for title, caption, lines in wanted]

@@ -15,7 +15,7 @@ from ray_ddpo.deploy.evaluation.eval_log import REPORTED, EvalLog
 from ray_ddpo.deploy.evaluation.eval_result import LogEntry
 
 BAND = "mean ± standard error of the difference from the pretrained model"
-SHARES = ("sharpness", "entropy", "diversity")
+SHARES = ("edge_density", "sharpness", "entropy", "diversity")
 ROWS = 8  # versions whose images are shown
 
 
@@ -86,7 +86,7 @@ def evaluation_charts(entries: list[LogEntry], recipe: Recipe) -> list[Chart]:
     wanted += [
         (
             "what is left",
-            "share of the pretrained model's sharpness, entropy and diversity within a prompt; 1: all",
+            "share of the pretrained model's edges, sharpness, entropy and diversity within a prompt; 1: all",
             shares,
         ),
         (
@@ -117,7 +117,7 @@ def _score(entries: list[LogEntry], name: str) -> list[RoundSeries]:
 
 
 def _image(entries: list[LogEntry], name: str) -> Float[np.ndarray, "V"]:
-    return np.array([_float(each["image_statistics"][name]) for each in entries])
+    return np.array([_float(each["image_statistics"].get(name)) for each in entries])
 
 
 def _share(entries: list[LogEntry], name: str) -> Float[np.ndarray, "V"]:

@@ -13,7 +13,6 @@ from markupsafe import Markup
 
 from ray_ddpo.common.metrics.diagnoses import bottleneck
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.recipe.reward_pools import reward_pools
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.reading import read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
@@ -23,6 +22,7 @@ from ray_ddpo.deploy.commands.report.image_pairs import are_reduced, gallery, wo
 from ray_ddpo.deploy.commands.report.numbers import NARROW, duration, number, percent, signed, tick
 from ray_ddpo.deploy.commands.report.scores import Score, headline, held_out_table, scores, training_table
 from ray_ddpo.deploy.driver.cluster import has_cores_to_overlap
+from ray_ddpo.deploy.driver.gpu_layout import roles_of
 from ray_ddpo.deploy.evaluation.eval_result import WEIGHTED_SUM, EvalComparison
 
 HERE = Path(__file__).parent
@@ -124,9 +124,7 @@ def summary_in_words(found: list[Score], rounds: list[Metrics]) -> list[str]:
 
 def what_waits(rounds: list[Metrics], recipe: Recipe) -> str:
     """Return one sentence that names the bottleneck."""
-    scoring = sum(pool.table.count for pool in reward_pools(recipe))
-    can_overlap = has_cores_to_overlap(recipe)
-    return bottleneck(rounds, recipe.max_policy_lag, recipe.samplers.count, scoring, can_overlap=can_overlap)
+    return bottleneck(rounds, roles_of(recipe), has_cores_to_overlap(recipe))
 
 
 def _verdict(reward: Score) -> str:

@@ -42,6 +42,19 @@ def test_sharpness_of_one_bright_pixel_by_hand() -> None:
     assert measured("sharpness", [[WHITE, WHITE]]) == [0]
 
 
+def test_edge_density_is_the_share_of_pixels_on_a_slope() -> None:
+    # A step from 0 to 100: Sobel's slope is 4 · 100 in the columns beside the step, 8 · 12.75 = 102 is the least.
+    step = [[BLACK, BLACK, (100,) * 3, (100,) * 3]] * 4
+    assert measured("edge_density", step) == [0.5] and measured("edge_density", step, above=0.2) == [0]
+    assert measured("edge_density", [[BLACK, (25,) * 3]] * 2, [[BLACK, (26,) * 3]] * 2) == [0, 1]  # 4 · 25 and 4 · 26
+    assert measured("edge_density", [[WHITE, WHITE]]) == [0]
+    # One bright pixel of 10: a slope of 20 beside it and of √2 · 10 at the corners, none in the middle
+    image = np.zeros((3, 3, 3), np.uint8)
+    image[1, 1] = 10
+    found = [measured("edge_density", image.tolist(), above=slope / 8 / 255)[0] for slope in (14.0, 15.0, 20.5)]
+    assert found == pytest.approx([8 / 9, 4 / 9, 0])
+
+
 def test_entropy_counts_the_bits_of_the_gray_levels() -> None:
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     assert measured("entropy", ramp.tolist()) == [8]

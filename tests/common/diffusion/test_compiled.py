@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ray_ddpo.common.diffusion.compiled import CompiledNetwork
+from ray_ddpo.common.diffusion.compiled import CompiledNetwork, repeated_blocks
 
 ROWS = 4
 
@@ -69,6 +69,72 @@ def test_padding_rows_have_no_part_in_the_gradient(network: Small, compiled: Com
         gradients.append(network.layer.weight.grad.clone())
     torch.testing.assert_close(*gradients)
     assert gradients[0].abs().max() > 0.1
+
+
+class BasicTransformerBlock(Small):
+    """A block under the name of one of diffusers'."""
+
+
+class Blocks(nn.Module):
+    """Two blocks that are compiled, and a layer that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = BasicTransformerBlock(), BasicTransformerBlock(), nn.Linear(3, 3)
+
+    def forward(self, latents: Tensor, timesteps: Tensor) -> Tensor:
+        for block in (self.first, self.second):
+            latents = block(latents, timesteps, return_dict=False)[0]
+        return self.last(latents)
+
+
+def test_blocks_alone_are_compiled_with_the_same_outputs_and_gradients() -> None:
+    torch.manual_seed(0)
+    network = Blocks()
+    gradients = []
+    for compiles in (False, True):
+        blocks = repeated_blocks(network) if compiles else []
+        assert len(blocks) == 2 * compiles
+        run = CompiledNetwork(network, ROWS, blocks) if compiles else network
+        network.zero_grad()
+        run(**inputs(3)).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None])
+    assert all(block._compiled_call_impl is not None for block in (network.first, network.second))
+    assert network.last._compiled_call_impl is None and network._compiled_call_impl is None
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_network_without_repeated_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="policy.compile_blocks is true, and Linear has none of the blocks"):
+        repeated_blocks(nn.Linear(2, 2))
+
+
+def test_blocks_are_those_of_the_published_networks() -> None:
+    from diffusers import (
+        FluxTransformer2DModel,
+        QwenImageTransformer2DModel,
+        SD3Transformer2DModel,
+        UNet2DConditionModel,
+    )
+
+    with torch.device("meta"):
+        counts = {}
+        for network in (
+            UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+            SD3Transformer2DModel(num_layers=3),
+            FluxTransformer2DModel(num_layers=2, num_single_layers=4),
+            QwenImageTransformer2DModel(num_layers=5),
+        ):
+            names = [type(block).__name__ for block in repeated_blocks(network)]
+            counts |= {name: names.count(name) for name in names}
+    assert counts == {
+        "BasicTransformerBlock": 16,
+        "ResnetBlock2D": 22,
+        "JointTransformerBlock": 3,
+        "FluxTransformerBlock": 2,
+        "FluxSingleTransformerBlock": 4,
+        "QwenImageTransformerBlock": 5,
+    }
 
 
 def call(network: Small, **given: Any) -> Tensor:

@@ -138,11 +138,14 @@ def test_numbers_that_nothing_can_be_computed_with_are_refused_by_key(models: Mo
         ("flux", Change("vae", "scaling_factor", "0.5")),
         ("sd3", Change("vae", "shift_factor", "0.1")),
         ("sdxl", Change("vae", "latents_std", [1.0, "2", 1.0, 1.0])),
+        ("qwen_image", Change("vae", "latents_std", [1.0, 1.0, 0.0, 1.0])),
+        ("qwen_image", Change("vae", "latents_mean", [1.0, 1.0])),
+        ("qwen_image", Change("vae", "latents_mean", None)),
         ("sd3", Change("transformer", "sample_size", 0)),
         ("sdxl", Change("unet", "sample_size", [8, 8, 8])),
         ("stable_diffusion", Change("scheduler", "beta_end", -0.1)),
     ):
-        assert f"{change.key}=" in refusal(models, name, change), str(change)
+        assert change.key in refusal(models, name, change), str(change)
 
 
 def test_what_a_library_refuses_is_named_when_the_model_is_loaded(models: Models) -> None:

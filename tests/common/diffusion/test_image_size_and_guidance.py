@@ -10,7 +10,7 @@ import torch
 
 from ray_ddpo import cli
 from ray_ddpo.common.diffusion import POLICIES
-from ray_ddpo.common.diffusion.families.flux import packed
+from ray_ddpo.common.diffusion.families.packing import packed
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories, score
 from ray_ddpo.common.recipe.recipe import Recipe
@@ -18,9 +18,10 @@ from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.deploy.driver.components import build_components
 from tests.accepted_page import assert_accepted, assert_refused
-from tests.tiny_families import MAKERS, policy_table
+from tests.tiny_families import MAKERS, PACKED, call_keys, policy_table
 
-SIZES = {"stable_diffusion": (24, 16), "sdxl": (48, 64), "sd3": (12, 24), "flux": (24, 12)}
+SIZES = {"stable_diffusion": (24, 16), "sdxl": (48, 64), "sd3": (12, 24), "flux": (24, 12), "qwen_image": (24, 12)}
+OTHER_THAN_EMPTY = ("sdxl", "qwen_image")  # where no negative prompt is given, the one takes zeros, the other a space
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
 
 
@@ -62,12 +63,10 @@ def ours(config: DiffusersConfig, settings: SamplingTable) -> np.ndarray:
 def theirs(name: str, pipeline: Any, settings: SamplingTable, shape: tuple[int, ...]) -> np.ndarray:
     factor = pipeline.vae_scale_factor
     noise = next(image_noise(SEEDS, shape))
-    keys: dict[str, Any] = {"eta": 0.0} if name in ("stable_diffusion", "sdxl") else {"max_sequence_length": 12}
+    keys = call_keys(name, settings.guidance_scale, settings.negative_prompt)
+    keys |= {"eta": 0.0} if name in ("stable_diffusion", "sdxl") else {}
     keys |= {"height": factor * shape[1], "width": factor * shape[2], "num_inference_steps": 3}
-    if name != "flux":
-        keys["negative_prompt"] = None if settings.negative_prompt is None else [settings.negative_prompt] * 2
-    latents = packed(noise) if name == "flux" else noise
-    images = pipeline(PROMPTS, latents=latents, guidance_scale=settings.guidance_scale, **keys).images
+    images = pipeline(PROMPTS, latents=packed(noise) if name in PACKED else noise, **keys).images
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
@@ -122,7 +121,7 @@ def test_a_negative_prompt_leads_away_as_in_diffusers(family: tuple[str, Path, A
     assert_accepted("`sampling.negative_prompt` in SD, SDXL and SD3")
     if name != "flux":
         assert np.abs(found["blurry"] - found[""]).max() > 1
-        assert np.array_equal(found[None], found[""]) == (name != "sdxl"), "SDXL has zeros where none is given"
+        assert np.array_equal(found[None], found[""]) == (name not in OTHER_THAN_EMPTY)
 
 
 @pytest.mark.parametrize("negative", ["blurry", None])
@@ -169,7 +168,7 @@ def test_a_size_that_cannot_be_made_is_refused_with_the_recipe(
 
 
 def test_units_of_a_size_are_those_of_decoder_and_patch(tmp_path: Path) -> None:
-    for name, unit in {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4}.items():
+    for name, unit in {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "qwen_image": 4}.items():
         config = build(POLICIES, policy_table(name, MAKERS[name](tmp_path / name)), "policy")
         assert config.size_unit == unit
     with pytest.raises(ValueError, match=r"policy.height is 28: .* multiples of 8 pixels, such as 24 or 32"):

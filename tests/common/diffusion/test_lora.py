@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ray_ddpo.common.diffusion.lora import adapters
 from ray_ddpo.common.diffusion.lora.adapters import (
     LoraSettings,
     MergedAdapters,
@@ -151,6 +154,34 @@ def test_published_weights_make_another_network_the_same(tiny_model: Path) -> No
     assert load_weights(other, weights) == len(trained_parameters(network))
     assert torch.equal(output(other), output(network))
     assert read_weights(other, 3).fingerprint == weights.fingerprint
+
+
+class HostCopies(TorchDispatchMode):
+    """Number of tensors that were copied to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("piece", "copies"), [(2**24, 1), (130, 16), (1, 32)])
+def test_weights_reach_a_device_in_few_copies(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, piece: int, copies: int
+) -> None:
+    monkeypatch.setattr(adapters, "PIECE", piece)
+    network, other = network_with(tiny_model, RANK_2), network_with(tiny_model, RANK_2, seed=7)
+    weights = read_weights(network, 3)
+    weights.buffer.flags.writeable = False  # as a view of Ray's store is
+    load_weights(other, weights)
+    assert read_weights(other, 3).fingerprint == weights.fingerprint
+    on_device = other.to("meta")  # stands in for a GPU
+    with HostCopies() as counted:
+        load_weights(on_device, weights)
+    assert counted.count == copies
 
 
 def test_published_weights_are_a_copy_that_later_training_does_not_change(tiny_model: Path) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
-from ray_ddpo.common.diffusion.families.flux import Flux, packed, token_places, unpacked
+from ray_ddpo.common.diffusion.families.flux import Flux, token_places
+from ray_ddpo.common.diffusion.families.packing import packed, unpacked
 from ray_ddpo.common.diffusion.families.sd3 import SD3
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.lora.adapters import read_lora_settings
@@ -19,17 +20,11 @@ from ray_ddpo.common.diffusion.lora.files import lora_file
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
-from tests.tiny_families import MAKERS, policy_table, save_tiny_flux, save_tiny_sd3, save_tiny_sdxl
+from tests.tiny_families import MAKERS, PACKED, call_keys, policy_table, save_tiny_flux, save_tiny_sd3, save_tiny_sdxl
 from tests.tiny_policy import scatter
 
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
-CALL_KEYS: dict[str, dict[str, Any]] = {
-    "stable_diffusion": {"eta": 0.0},
-    "sdxl": {"eta": 0.0},
-    "sd3": {"max_sequence_length": 12},
-    "flux": {"max_sequence_length": 12, "height": 16, "width": 16},
-}
 
 
 @pytest.fixture(scope="module", params=POLICIES)
@@ -67,9 +62,9 @@ def pipeline_of(family: tuple[str, Path]) -> Any:
 
 def pipelines_images(family: tuple[str, Path], pipeline: Any, shape: tuple[int, ...]) -> np.ndarray:
     noise = next(image_noise(SEEDS, shape))
-    latents = packed(noise) if family[0] == "flux" else noise
-    keys = {"num_inference_steps": 4, "guidance_scale": 3.0, **CALL_KEYS[family[0]]}
-    images = pipeline(PROMPTS, latents=latents, **keys).images
+    latents = packed(noise) if family[0] in PACKED else noise
+    keys = call_keys(family[0], 3.0) | ({"eta": 0.0} if family[0] in ("stable_diffusion", "sdxl") else {})
+    images = pipeline(PROMPTS, latents=latents, num_inference_steps=4, **keys).images
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 

@@ -181,7 +181,7 @@ def test_the_scheduler_that_stable_diffusion_1_5_was_published_with_becomes_ddim
 def test_full_training_trains_every_parameter_in_float32_and_survives_its_files(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    policy = tiny_policy(tiny_model, train="full", dtype="bfloat16")
+    policy = tiny_policy(tiny_model, "learner", train="full", dtype="bfloat16")
     parameters = trained_parameters(policy.network)
     assert len(parameters) == len(list(policy.network.parameters()))
     assert {value.dtype for value in parameters.values()} == {torch.float32}
@@ -198,7 +198,7 @@ def test_a_bfloat16_network_gives_float32_distributions_near_those_of_float32(
 ) -> None:
     half = tiny_policy(tiny_model, dtype="bfloat16")
     adapters = trained_parameters(half.network)
-    assert {value.dtype for value in adapters.values()} == {torch.float32}
+    assert {value.dtype for value in adapters.values()} == {torch.bfloat16}
     assert half.network.conv_in.weight.dtype == torch.bfloat16
     latents, steps = some_latents(2), torch.tensor([0, 3])
     with torch.no_grad():
@@ -224,7 +224,8 @@ def test_only_a_samplers_network_may_have_another_dtype(tiny_model: Path) -> Non
     sampler, learner = (config.load("cpu", SAMPLING, role) for role in ("sampler", "learner"))
     assert sampler.network.conv_in.weight.dtype == torch.bfloat16
     assert sampler.vae.dtype == sampler.text_encoders[0].dtype == learner.network.conv_in.weight.dtype == torch.float32
-    assert {value.dtype for value in trained_parameters(sampler.network).values()} == {torch.float32}
+    adapters = [trained_parameters(each.network).values() for each in (sampler, learner)]
+    assert [{value.dtype for value in each} for each in adapters] == [{torch.bfloat16}, {torch.float32}]
 
 
 @pytest.mark.parametrize(

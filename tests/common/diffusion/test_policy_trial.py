@@ -207,6 +207,42 @@ def test_a_mistake_in_sampling_is_named_with_what_was_expected(mistake: str, mod
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
+def own_steps(self: Any, sampling: SamplingTable) -> Any:
+    return self.steps
+
+
+def own_noise(self: Any, latents: Any, timesteps: Any, conditioning: Any) -> Any:
+    return self._noise(latents.float(), timesteps, conditioning)
+
+
+OTHER_STEPS_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "no_table": ({"denoising_steps": lambda self, sampling: None}, "Mine.denoising_steps returned None"),
+    "too_small": (
+        {"predict": lambda self, latents, timesteps, conditioning: latents[:1]},
+        "Mine.predict returned float32 of shape (1, 3, 16, 16)",
+    ),
+    "not_the_network": (
+        {"predict": lambda self, latents, timesteps, conditioning: latents.float()},
+        "Mine.predict and denoising_steps make another deterministic step than transition",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", OTHER_STEPS_MISTAKES)
+def test_a_family_that_takes_other_steps_is_tried_with_them(mistake: str, model: str) -> None:
+    methods, message = OTHER_STEPS_MISTAKES[mistake]
+    right = {"denoising_steps": own_steps, "predict": own_noise}
+    with pytest.raises(ValueError) as error:
+        sampled(taking_other_steps(model, right | methods))
+    assert str(error.value).startswith(message)
+    sampled(taking_other_steps(model, right))
+
+
+def taking_other_steps(model: str, methods: dict[str, Any]) -> MyShapes:
+    made = family(model, methods)
+    return type("OtherSteps", (type(made),), {"takes_other_steps": True})(model=model)
+
+
 @pytest.mark.parametrize("mistake", LEARNING_MISTAKES)
 def test_a_mistake_in_learning_or_files_is_named_with_what_was_expected(
     mistake: str, model: str, tmp_path: Path

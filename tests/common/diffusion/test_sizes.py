@@ -39,6 +39,7 @@ PUBLISHED = {  # parameters of the network, of its decoder and of its text encod
         [123_650_304, 694_659_840, 4_762_310_656],
     ),
     ("flux", "black-forest-labs/FLUX.1-dev"): (11_901_408_320, 83_819_683, [123_060_480, 4_762_310_656]),
+    ("qwen_image", "Qwen/Qwen-Image"): (20_430_401_088, 126_892_531, [8_292_166_656]),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trackers import terminal
-from ray_ddpo.common.trackers.terminal import Terminal, TimeLeft
+from ray_ddpo.common.trackers.terminal import Terminal, TimeLeft, stats_line
 from ray_ddpo.common.trackers.tracker import RunInfo
 
 METRICS = {"reward/mean": 1.23456, "images_per_second": 5.678}
@@ -48,6 +48,28 @@ def test_a_round_is_one_plain_line_where_output_is_no_terminal(
     assert capsys.readouterr().out == "round 3/20  reward 1.235  5.68 images/s  0:00:00 left\n"
 
 
+def test_the_mfu_is_behind_the_throughput_if_it_is_known(run: RunInfo, capsys: pytest.CaptureFixture[str]) -> None:
+    live = Terminal().start(run)
+    capsys.readouterr()
+    live.log({"round": 2.0, **METRICS, "mfu/sampler": 0.456, "mfu/learner": 0.4})
+    live.finish()
+    line = "round 3/20  reward 1.235  5.68 images/s (MFU sampling 46 %, learning 40 %)  0:00:00 left\n"
+    assert capsys.readouterr().out == line
+
+
+@pytest.mark.parametrize("keys", [{"warmup_steps": 5}, {"learning_rate_schedule": "linear", "decay_steps": 9}])
+def test_the_learning_rate_is_shown_if_it_changes(
+    tables: dict, keys: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for changes, shown in ((keys, "  learning rate 1.23e-05"), ({}, "")):
+        recipe = Recipe.parse({**tables, "learner": {**tables["learner"], **changes}})
+        live = Terminal().start(RunInfo("tiny", tmp_path, recipe.model_dump(), 20, 0))
+        capsys.readouterr()
+        live.log({"round": 2.0, **METRICS, "learning_rate": 1.2345e-5})
+        line = f"round 3/20  reward 1.235{shown}  5.68 images/s  0:00:00 left\n"
+        assert capsys.readouterr().out == line
+
+
 def test_time_left_is_the_mean_round_time_since_this_start_times_rounds_left(
     run: RunInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,3 +93,10 @@ def test_a_terminal_gets_a_bar_with_the_same_stats(run: RunInfo, monkeypatch: py
     last = [line for line in shown.splitlines() if line.strip()][-1]
     assert last.startswith("round 3/20") and "reward 1.235  5.68 images/s" in last and last.rstrip().endswith("left")
     assert screen.getvalue().rstrip().endswith("\x1b[?25h"), "the cursor is shown again"
+
+
+def test_the_spread_within_groups_and_saturation_are_shown() -> None:
+    spread = METRICS | {"reward/group_std": 0.0456, "reward/saturation": 0.75}
+    expected = "reward 1.235 ± 0.046 in a group (75 % of images have the best reward)  5.68 images/s  0:00:00 left"
+    assert stats_line(spread, timedelta(0)) == expected
+    assert "best" not in stats_line(spread | {"reward/saturation": 0.25}, timedelta(0))

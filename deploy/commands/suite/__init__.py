@@ -1,0 +1,1 @@
+"""`ddpo evaluate --suite`: standard suites of prompts and scorers, with a table by category."""

@@ -1,0 +1,79 @@
+"""Means by category with confidence intervals, and paired changes; images of one prompt are not independent."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from ray_ddpo.common.metrics.statistics import rows_by_name
+
+Z95 = 1.959964  # of the normal distribution: 95 % lie within so many standard errors
+
+
+@dataclass(frozen=True)
+class CategoryMean:
+    """Mean score of a category, or of a whole suite."""
+
+    prompts: int
+    images: int
+    mean: float
+    standard_error: float | None  # None if there is one prompt
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Return the 95 % confidence interval."""
+        if self.standard_error is None:
+            return None
+        return self.mean - Z95 * self.standard_error, self.mean + Z95 * self.standard_error
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "interval_95": self.interval}
+
+
+def category_means(
+    categories: Sequence[str], prompts: Sequence[str], scores: Float[np.ndarray, "N"], mean_of_categories: bool
+) -> tuple[CategoryMean, dict[str, CategoryMean]]:
+    """Return the mean of the suite, and of each category in order of appearance.
+
+    A prompt's images are averaged first. The standard error is that of these means, because images of one prompt are
+    alike. Images without a score are left out.
+
+    Args:
+        categories: of each image.
+        prompts: of each image.
+        scores: of each image; NaN if it has none.
+        mean_of_categories: the suite's mean is that of its categories; else that of its prompts.
+    """
+    scored = [row for row, score in enumerate(scores) if np.isfinite(score)]
+    found = {}
+    for name, rows in rows_by_name([categories[row] for row in scored]).items():
+        own = [scored[int(row)] for row in rows]
+        found[name] = _clustered([prompts[row] for row in own], scores[own])
+    if not mean_of_categories or not found:
+        # One prompt may be in two categories, so its category is part of its name.
+        named = [f"{categories[row]}\0{prompts[row]}" for row in scored]
+        return _clustered(named, scores[scored]), found
+    errors = [each.standard_error for each in found.values()]
+    known = [error for error in errors if error is not None]
+    error = float(np.sqrt(np.sum(np.square(known))) / len(errors)) if len(known) == len(errors) else None
+    counts = (sum(each.prompts for each in found.values()), len(scored))
+    return CategoryMean(*counts, float(np.mean([each.mean for each in found.values()])), error), found
+
+
+def _clustered(prompts: Sequence[str], scores: Float[np.ndarray, "n"]) -> CategoryMean:
+    """Return the mean over prompts, each the mean of its images, and its standard error."""
+    means = np.array([scores[rows].mean() for rows in rows_by_name(prompts).values()])
+    error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
+    return CategoryMean(len(means), len(scores), float(means.mean()) if len(means) else float("nan"), error)
+
+
+def best_of(means: dict[str, dict[str, CategoryMean]]) -> dict[str, str]:
+    """Return, for each category, the weights with the highest mean; the first of equal ones, none if all are equal."""
+    best = {}
+    for name in dict.fromkeys(name for of_weights in means.values() for name in of_weights):
+        of_category = {location: row[name].mean for location, row in means.items() if name in row}
+        if len(of_category) == 1 or len(set(of_category.values())) > 1:
+            best[name] = max(of_category, key=of_category.__getitem__)
+    return best

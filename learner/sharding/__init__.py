@@ -1,0 +1,1 @@
+"""A learner whose weights are sharded over its ranks, with PyTorch's FSDP2."""
