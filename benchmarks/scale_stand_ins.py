@@ -2,11 +2,12 @@
 
 import asyncio
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from benchmarks.stand_in_records import Sampled, Scored
 from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.schedule import Place, Task
 
@@ -58,34 +59,6 @@ class Setting:
     def task_seconds(self, sampler: int) -> float:
         """Return the seconds that a sampler sleeps for a task."""
         return self._slowness(sampler) * self.busy_seconds * self.samplers / self.tasks
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A TaskReport with the fields that the driver reads."""
-
-    task: Task
-    fingerprint: str
-    num_loaded_params: int
-    trajectory_bytes: int
-    seconds: float
-    image_fingerprints: tuple[str, ...]
-    sampled_by: str
-    machine: None = None
-    dropped: dict[int, str] = field(default_factory=dict)
-    path_kl: tuple[float, ...] = ()
-    thumbnails: tuple[bytes, ...] = ()
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Scores with the fields that the driver reads."""
-
-    rewards: dict[str, np.ndarray]
-    seconds: float
-    dropped: dict[int, str]
-    machines: frozenset[object] = frozenset()
-    usage: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class SamplerHost:

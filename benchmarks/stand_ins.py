@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from benchmarks.stand_in_records import Sampled, Scored
 from ray_ddpo.common.policy_versions import kept_versions
 from ray_ddpo.common.policy_weights import PolicyWeights, pack
 from ray_ddpo.common.schedule import Place, Task
@@ -14,27 +15,6 @@ from ray_ddpo.common.trajectory import TrainBatch
 
 # Too large for Ray to inline in a reply, so the result takes the same way as real trajectories and images.
 HEAVY_BYTES = 200_000
-
-
-@dataclass(frozen=True)
-class StandInReport:
-    """A TaskReport with the fields that the driver reads."""
-
-    task: Task
-    fingerprint: str
-    seconds: float
-    machine: None = None
-    dropped: dict[int, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StandInScores:
-    """Scores with the fields that the driver reads."""
-
-    rewards: dict[str, np.ndarray]
-    seconds: float
-    dropped: dict[int, str]
-    machines: frozenset[object] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -91,7 +71,7 @@ class StandInSampler:
 
     def sample(
         self, task: Task, weights: PolicyWeights, care: object = None, note: object = None
-    ) -> tuple[StandInReport, np.ndarray, np.ndarray] | tuple[None, None, None]:
+    ) -> tuple[Sampled, np.ndarray, np.ndarray] | tuple[None, None, None]:
         if task.place in self._forgotten:
             self._forgotten.remove(task.place)
             return None, None, None
@@ -99,7 +79,7 @@ class StandInSampler:
         with self._timesheet.work():
             time.sleep(self._seconds)
         heavy = np.zeros(HEAVY_BYTES, np.uint8)
-        return StandInReport(task, weights.fingerprint, self._seconds), heavy, heavy.copy()
+        return Sampled(task, weights.fingerprint, 1, HEAVY_BYTES, self._seconds), heavy, heavy.copy()
 
 
 class StandInRewardWorker:
@@ -114,10 +94,10 @@ class StandInRewardWorker:
     def stacks(self) -> str:
         return "asleep"
 
-    def score(self, images: np.ndarray, first: int = 0, last: int | None = None, note: object = None) -> StandInScores:
+    def score(self, images: np.ndarray, first: int = 0, last: int | None = None, note: object = None) -> Scored:
         assert last is not None and images.nbytes == HEAVY_BYTES
         time.sleep(self._seconds)
-        return StandInScores({"stand_in": np.zeros(last - first, np.float32)}, self._seconds, {})
+        return Scored({"stand_in": np.zeros(last - first, np.float32)}, self._seconds)
 
 
 class StandInLearner:

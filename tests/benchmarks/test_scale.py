@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.scale_fit import Cost, Measured, costs_table, fitted, least_squares, on_paper, table
 from benchmarks.scale_run import LearnerStandIn
-from benchmarks.scale_stand_ins import Sampled, SamplerHost, Scored, ScorerStandIn, Setting
+from benchmarks.scale_stand_ins import SamplerHost, ScorerStandIn, Setting
+from benchmarks.stand_in_records import Sampled, Scored
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.common.trajectory import Scores, TaskReport
