@@ -89,8 +89,9 @@ def settings_line(run: RunInfo) -> str:
     rewards = [reward["name"] for reward in recipe["rewards"] or [recipe["reward"]]]
     policy = " ".join(str(recipe["policy"][key]) for key in ("name", "model") if key in recipe["policy"])
     start = f" from round {run.first_round + 1}" if run.first_round else ""
+    rounds = "1 round" if run.rounds == 1 else f"{run.rounds} rounds"
     return (
-        f"{run.name}: {run.rounds} rounds of {images} images{start}, policy {policy}, reward {' + '.join(rewards)}, "
+        f"{run.name}: {rounds} of {images} images{start}, policy {policy}, reward {' + '.join(rewards)}, "
         f"algorithm {recipe['algorithm']['name']}, in {run.folder}"
     )
 
@@ -102,7 +103,7 @@ def rate_changes(run: RunInfo) -> bool:
 
 
 def stats_line(metrics: Metrics, left: timedelta, with_rate: bool = False) -> str:
-    """Return the mean reward, the spread within groups, the throughput, the MFU if it is known, and the remaining time.
+    """Return the mean reward with its remarks, the throughput, the MFU if it is known, and the remaining time.
 
     Args:
         metrics: of the round.
@@ -113,7 +114,9 @@ def stats_line(metrics: Metrics, left: timedelta, with_rate: bool = False) -> st
     rate = f"  learning rate {metrics['learning_rate']:.3g}" if with_rate and "learning_rate" in metrics else ""
     within = f" ± {metrics['reward/group_std']:.2g} in a group" if "reward/group_std" in metrics else ""
     spread = f"{within}{_without_spread(metrics)}{_saturated(metrics)}"
-    return f"reward {metrics['reward/mean']:.4g}{spread}{rate}  {throughput}"
+    agrees = "preference_accuracy"
+    preferences = f"  preference accuracy {100 * metrics[agrees]:.0f} %" if agrees in metrics else ""
+    return f"reward {metrics['reward/mean']:.4g}{spread}{preferences}{rate}  {throughput}"
 
 
 def _utilization(metrics: Metrics) -> str:
@@ -124,7 +127,9 @@ def _utilization(metrics: Metrics) -> str:
 
 
 def _without_spread(metrics: Metrics) -> str:
-    """Return a remark if some groups of images have equal rewards, from which nothing can be learned."""
+    """Return a remark if some groups have equal rewards, from which nothing can be learned, or a refill lacks groups."""
+    if lacking := metrics.get("refill/lacking", 0.0):
+        return f" ({lacking:.0f} {'group lacks' if lacking == 1 else 'groups lack'} different rewards after the refill)"
     share = metrics.get("reward/zero_std_groups", 0.0)
     if share == 1:
         return " (all rewards of a group are equal: nothing to learn from)"

@@ -1,5 +1,6 @@
 """The terminal: one plain line per round without a terminal, otherwise a bar that resumes at the right round."""
 
+import dataclasses
 import io
 import re
 import sys
@@ -55,6 +56,19 @@ def test_the_mfu_is_behind_the_throughput_if_it_is_known(run: RunInfo, capsys: p
     live.finish()
     line = "round 3/20  reward 1.235  5.68 images/s (MFU sampling 46 %, learning 40 %)  0:00:00 left\n"
     assert capsys.readouterr().out == line
+
+
+def test_preferences_and_groups_that_a_refill_lacks_are_shown() -> None:
+    line = stats_line({**METRICS, "preference_accuracy": 0.834}, timedelta(0))
+    assert line == "reward 1.235  preference accuracy 83 %  5.68 images/s  0:00:00 left"
+    lacking = {"refill/lacking": 2.0, "reward/zero_std_groups": 0.25}
+    line = stats_line({**METRICS, **lacking}, timedelta(0))
+    assert line == "reward 1.235 (2 groups lack different rewards after the refill)  5.68 images/s  0:00:00 left"
+
+
+def test_one_round_is_not_plural(run: RunInfo, capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal().start(dataclasses.replace(run, rounds=1))
+    assert "tiny: 1 round of 8 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("keys", [{"warmup_steps": 5}, {"learning_rate_schedule": "linear", "decay_steps": 9}])
