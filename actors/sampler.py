@@ -16,11 +16,10 @@ from ray_ddpo.common.diffusion.given_trajectories import given_trajectories
 from ray_ddpo.common.diffusion.path_kl import PathKL, refuse_without_adapters
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.diffusion.policy_trial import load_checked, try_sampling
-from ray_ddpo.common.diffusion.prompt_lengths import cut_prompts_in_words
+from ray_ddpo.common.diffusion.prompt_lengths import print_cut_prompts
 from ray_ddpo.common.diffusion.rollout import SharedPrefix, refuse_window_without_noise, sample_trajectories
 from ray_ddpo.common.machine import measured_machine
 from ray_ddpo.common.policy_weights import PolicyWeights
-from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.prompts import Prompt, PromptSource
 from ray_ddpo.common.recipe.tables import RuntimeTable, SamplingTable
 from ray_ddpo.common.runtime import python_stacks, settle
@@ -52,8 +51,7 @@ class Sampler:
         self._policy = load_checked(policy, device, sampling, "sampler")
         tried = try_sampling(policy, self._policy, [prompt.text for prompt in tried_on])
         self._image_size = self._policy.image_size() or tried
-        if cut := cut_prompts_in_words(self._policy.text_readers(), checked, sampling):
-            print_line(cut)
+        print_cut_prompts(self._policy.text_readers(), checked, sampling)
         refuse_window_without_noise(self._policy, sampling)
         if sampling.kl_reward:
             refuse_without_adapters(self._policy)

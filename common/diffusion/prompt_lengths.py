@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 SHOWN = 40  # characters of a prompt, and of the text before the cut
@@ -16,6 +17,12 @@ class TextReader:
     name: str  # of the text encoder, among the pipeline's parts
     tokenizer: Any
     length: int  # tokens that it reads, with those that begin and end a text
+
+
+def print_cut_prompts(readers: Sequence[TextReader], prompts: Sequence[str], sampling: SamplingTable) -> None:
+    """Print a line if text encoders truncate any of the prompts."""
+    if cut := cut_prompts_in_words(readers, list(dict.fromkeys(prompts)), sampling):
+        print_line(cut)
 
 
 def cut_prompts_in_words(readers: Sequence[TextReader], prompts: Sequence[str], sampling: SamplingTable) -> str | None:

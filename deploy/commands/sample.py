@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from ray_ddpo.actors.evaluation.eval_set import decoded
+from ray_ddpo.common.diffusion.prompt_lengths import print_cut_prompts
 from ray_ddpo.common.diffusion.rollout import evaluation_window, sample_trajectories
 from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.run_storage.run_folder import weights_here
@@ -44,6 +45,7 @@ def sample(
         print_line(line)
     folder.mkdir(parents=True, exist_ok=True)
     sampling = recipe.held_out_sampling
+    print_cut_prompts(policy.text_readers(), prompts, sampling)
     window = evaluation_window(sampling)
     for index, prompt in enumerate(prompts):
         trajectory = sample_trajectories(policy, [prompt], [seed + index], sampling, window)

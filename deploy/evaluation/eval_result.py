@@ -14,6 +14,7 @@ from ray_ddpo.actors.evaluation.eval_set import EvalSet, build_eval_set, sample_
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.diffusion.policy import Policy
+from ray_ddpo.common.diffusion.prompt_lengths import print_cut_prompts
 from ray_ddpo.common.metrics.group_statistics import RewardRange, saturation
 from ray_ddpo.common.metrics.statistics import paired_change
 from ray_ddpo.common.print_line import print_line
@@ -65,6 +66,7 @@ class EvalScorer:
         self._sampling = recipe.held_out_sampling
         self._worker = RewardWorker(components.rewards | components.scorers, recipe.reward_workers, recipe.runtime)
         self._weights = components.aggregation.weights
+        self._checked_lengths = False
 
     def loaded_parts(self) -> Base:
         """Return the fingerprints of the files that rewards and scorers have loaded."""
@@ -74,6 +76,7 @@ class EvalScorer:
         """Sample the images under the policy's current weights, and score them.
 
         Progress is printed to standard error, at most one line in PROGRESS_SECONDS; `label` names the weights there.
+        The first call prints a line if text encoders truncate prompts.
         """
         count, printed = len(self.chosen.seeds), time.monotonic()
         print_line(f"{label}: samples {count} images")
@@ -84,6 +87,9 @@ class EvalScorer:
                 printed = time.monotonic()
                 print_line(f"{label}: {images} of {count} images sampled{', scores them' if images == count else ''}")
 
+        if not self._checked_lengths:
+            print_cut_prompts(policy.text_readers(), [prompt.text for prompt in self.chosen.prompts], self._sampling)
+        self._checked_lengths = True
         pixels = sample_eval_images(policy, self.chosen, self._sampling, progress)
         scores = self._worker.score(ImageBatch(pixels, self.chosen.prompts)).rewards
         return EvalResult(self.chosen.prompts, self.chosen.seeds, with_weighted_sum(scores, self._weights), pixels)

@@ -13,7 +13,9 @@ from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.png import from_png
 from ray_ddpo.deploy.commands.evaluate import changes, in_words
-from ray_ddpo.deploy.evaluation.eval_result import EvalResult
+from ray_ddpo.deploy.commands.weights.given_weights import load_policy
+from ray_ddpo.deploy.driver.components import SCORING, build_components
+from ray_ddpo.deploy.evaluation.eval_result import EvalResult, EvalScorer
 from ray_ddpo.train import run_training
 
 IMAGES = {"images": 6, "batch_size": 4}
@@ -155,3 +157,13 @@ def test_the_figures_of_a_comparison_by_hand(tables: dict) -> None:
     assert lines[1] == "  reward  3 → 4.333, +44.4 %, +1.5 paired standard errors"
     assert lines[2] == "  small   fewer than two images could be scored both times"
     assert lines[3].endswith("of those with 1 before 50 % still have it")
+
+
+def test_a_prompt_that_is_truncated_is_named_once(tables: dict, capsys: pytest.CaptureFixture) -> None:
+    long = "a cat " * 60
+    recipe = Recipe.parse({**tables, "evaluation": {"images": 2, "prompts": [long, "a dog"]}})
+    components = build_components(recipe, used=SCORING)
+    scorer, policy = EvalScorer(components), load_policy(recipe, None)
+    for label in ("pretrained", "trained"):
+        scorer.evaluate(policy, label)
+    assert capsys.readouterr().err.count("1 of 2 are longer than a text encoder reads") == 1
