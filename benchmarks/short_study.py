@@ -27,7 +27,7 @@ from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 
 IMAGES = 45  # held-out images: one of each animal
 HELD_OUT = ("--evaluation.images", str(IMAGES))
-JPEG = ("fast", "grpo_guard", "flow_dppo", "mixgrpo", "awm", "sft", "dpo", "dgpo")  # `fast` is GRPO
+JPEG = ("fast", "grpo_guard", "gardo", "flow_dppo", "mixgrpo", "awm", "sft", "dpo", "dgpo")  # `fast` is GRPO
 GRADIENT = ("draft", "fast_colourfulness", "alignprop", "refl")
 GRPO = {  # overrides of tiny/fast.toml
     "fast": ("--rounds", "5"),

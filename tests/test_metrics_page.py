@@ -44,7 +44,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> set[st
         "output_dir": str(tmp_path_factory.mktemp("runs")),
         "rounds": 1,
         "policy": {"name": "stable_diffusion", "model": str(tiny_model)},
-        "prompts": {"name": "animals"},
+        "prompts": {"name": "set", "set": "shapes"},  # with categories
         "sampling": {"num_steps": 4, "batch_size": 4, "batches_per_round": 1},
         "reward": {"name": "jpeg_compressibility"},
         "algorithm": {"name": "ddpo_is"},
@@ -64,6 +64,7 @@ def test_every_logged_metric_has_one_row(logged: set[str]) -> None:
 def test_evaluation_metrics_are_logged(logged: set[str]) -> None:
     expected = [row for row in rows() if row.logged == "only when an evaluation is read"]
     assert len(expected) == 8 and "evaluation/brightness/average_mean" in logged
+    assert "evaluation/brightness/category/single_object" in logged
     assert [row.metric for row in expected if not any(row.describes(name) for name in logged)] == []
 
 

@@ -48,13 +48,15 @@ def build_eval_set(table: EvaluationTable, source: PromptSource) -> EvalSet:
     """Choose prompts and seeds from `[evaluation]`.
 
     Prompts are those of `evaluation.prompts`, else the held-out prompts of the source, else all of its prompts.
-    They are repeated in turn until there are enough images. If the source is a function and lists no prompts, they
+    They are repeated in turn until there are enough images. Of more prompts than images, some are taken at equal
+    distances, because lists are often sorted. If the source is a function and lists no prompts, they
     are sampled from the function with seeds that training never uses.
     """
     stream = Stream.EVALUATION if table.split == "evaluation" else Stream.TUNING
     chosen = source.evaluated(table.prompts)
     if chosen:
-        prompts = [chosen[image % len(chosen)] for image in range(table.images)]
+        apart = max(1.0, len(chosen) / table.images)
+        prompts = [chosen[int(image * apart) % len(chosen)] for image in range(table.images)]
     else:
         sample_prompt = source.load()
         prompts = [

@@ -270,7 +270,7 @@ class EvaluationTable(HeldOutSampling):
     prompts: tuple[str, ...] = ()
     """Prompts to evaluate. By default those that the prompt source holds out, else all of its prompts, in order."""
     images: int = Field(default=64, ge=2, le=MOST_IMAGES)
-    """Images per evaluation. They are distributed over the prompts in order."""
+    """Images per evaluation. They are distributed over the prompts in order; if they are fewer, at equal distances."""
     batch_size: int = Field(default=16, ge=1)
     """Images per evaluation task."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -23,6 +23,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RewardTable
 from ray_ddpo.common.trajectory import ImageBatch
 from ray_ddpo.deploy.driver.components import Components
+from ray_ddpo.deploy.evaluation.categories import means_by_category
 from ray_ddpo.deploy.evaluation.guard import Alarm, JudgedVersion, VersionStats, alarms, finite_mean
 from ray_ddpo.learner.checkpoints.learner_state import EvalVersion
 
@@ -156,12 +157,14 @@ def judge(
 
 
 def _score_entry(before: dict[str, np.ndarray], name: str, variants: dict[str, EvalResult]) -> dict[str, float]:
-    """Return mean and change of one score for evaluations.jsonl."""
+    """Return mean and change of one score for evaluations.jsonl, and its mean by category if prompts have one."""
     means = {"current": "mean", "average": "average_mean"}
     entry = {means[variant]: finite_mean(result.scores[name]) for variant, result in variants.items()}
-    if change := paired_change(before[name], variants["current"].scores[name]):
+    current = variants["current"]
+    if change := paired_change(before[name], current.scores[name]):
         entry |= {"change": change.change, "standard_error": change.error}
-    return entry
+    categories = means_by_category(current.prompts, current.scores[name].astype(np.float64))
+    return entry | {f"category/{category}": mean for category, mean in categories.items()}
 
 
 def judged_from_log(entry: LogEntry, scores: dict[str, np.ndarray]) -> JudgedVersion:

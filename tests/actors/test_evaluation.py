@@ -13,6 +13,12 @@ from ray_ddpo.common.schedule import round_tasks
 from tests.tiny_policy import SAMPLING, tiny_policy
 
 
+def test_of_many_prompts_some_are_taken_at_equal_distances() -> None:
+    prompts = tuple(f"prompt {number}" for number in range(10))
+    chosen = build_eval_set(EvaluationTable(images=4, prompts=prompts), Animals())
+    assert [prompt.text for prompt in chosen.prompts] == ["prompt 0", "prompt 2", "prompt 5", "prompt 7"]
+
+
 def test_seeds_of_training_tuning_and_evaluation_are_never_the_same(tables: dict) -> None:
     seeds: dict[str, set[int]] = {"training": set(), "evaluation": set(), "tuning": set()}
     for run_seed in (0, 1, 7):

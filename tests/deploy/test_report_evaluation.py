@@ -13,7 +13,7 @@ from ray_ddpo import cli
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.deploy.commands.report.evaluation import evaluation_section, guard_sentences
+from ray_ddpo.deploy.commands.report.evaluation import CategoryRow, evaluation_section, guard_sentences
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.deploy.evaluation.eval_result import EvalResult
 from ray_ddpo.train import run_training
@@ -78,6 +78,16 @@ def test_curves_over_the_versions_by_hand(recipe: Recipe) -> None:
     assert told.alarms == [(4, "entropy", "it fell")] and told.sentences == []
     assert [(row.policy_version, row.alarm) for row in told.rows] == [(0, False), (2, False), (4, True)]
     assert guard_sentences(folder) == []  # the last line is version 2's
+
+
+def test_the_best_version_of_each_category_is_named(recipe: Recipe) -> None:
+    versions = [found(version, 10, 8, 20) for version in (0, 2, 4)]
+    for each, counting, colors in zip(versions, (0.25, 0.75, 0.5), (0.5, 0.5, None), strict=True):
+        each["scores"]["entropy"] |= {"category/counting": counting, "category/colors": colors}
+    assert evaluation_section(written(recipe, *versions), recipe).categories == [
+        CategoryRow("entropy", "counting", 0.25, 0.75, 2, 0.5),
+        CategoryRow("entropy", "colors", 0.5, 0.5, 0, pytest.approx(float("nan"), nan_ok=True)),
+    ]
 
 
 def test_one_version_alone_is_no_curve_and_a_calm_guard_says_so(recipe: Recipe) -> None:

@@ -13,9 +13,9 @@ from ray_ddpo import cli
 from ray_ddpo.common.prompt_set import shipped_file, shipped_prompts
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RewardTable
-from ray_ddpo.deploy.commands.suite.categories import Z95, CategoryMean, best_of, category_means
 from ray_ddpo.deploy.commands.suite.definitions import SUITES, Suite
 from ray_ddpo.deploy.driver.components import build_reward
+from ray_ddpo.deploy.evaluation.categories import Z95, CategoryMean, best_of, category_means
 from ray_ddpo.train import run_training
 
 SCORES = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, np.nan, 1.0])

@@ -14,6 +14,7 @@ from ray_ddpo.deploy.commands.report.numbers import number
 from ray_ddpo.deploy.evaluation.eval_log import REPORTED, EvalLog
 from ray_ddpo.deploy.evaluation.eval_result import LogEntry
 
+CATEGORY_PREFIX = "category/"  # of keys in an entry of evaluations.jsonl
 BAND = "mean ± standard error of the difference from the pretrained model"
 SHARES = ("edge_density", "sharpness", "entropy", "diversity")
 ROWS = 8  # versions whose images are shown
@@ -30,6 +31,18 @@ class VersionRow:
 
 
 @dataclass(frozen=True)
+class CategoryRow:
+    """One score's mean in one category of prompts: under the first, the best and the last version."""
+
+    score: str
+    category: str
+    first: float
+    best: float
+    best_version: int
+    last: float
+
+
+@dataclass(frozen=True)
 class EvaluationSection:
     """The section's content. It is left out of the page if there are no charts."""
 
@@ -37,20 +50,43 @@ class EvaluationSection:
     sentences: list[str]
     alarms: list[tuple[int, str, str]]  # version, subject, finding
     rows: list[VersionRow]
+    categories: list[CategoryRow]
 
 
 def evaluation_section(folder: RunFolder, recipe: Recipe) -> EvaluationSection:
     """Read `evaluations.jsonl`. If fewer than two versions were evaluated, the section is empty."""
     log, entries = EvalLog(folder.storage), evaluated_versions(folder)
     if len(entries) < 2:
-        return EvaluationSection([], [], [], [])
+        return EvaluationSection([], [], [], [], [])
     rows = [_row(log, each) for each in shown_versions(entries)]
-    return EvaluationSection(evaluation_charts(entries, recipe), _sentences(folder, entries), alarm_rows(entries), rows)
+    charts, sentences = evaluation_charts(entries, recipe), _sentences(folder, entries)
+    return EvaluationSection(charts, sentences, alarm_rows(entries), rows, category_rows(entries, recipe))
 
 
 def evaluated_versions(folder: RunFolder) -> list[LogEntry]:
     """Return the entries of `evaluations.jsonl`, sorted by policy version."""
     return sorted(EvalLog(folder.storage).entries(REPORTED), key=lambda each: each["policy_version"])
+
+
+def category_rows(entries: list[LogEntry], recipe: Recipe) -> list[CategoryRow]:
+    """Return a row for each score and category of prompts. Of equal means, the earliest version is the best."""
+    rows, versions = [], [each["policy_version"] for each in entries]
+    for score in shown_scores(entries, recipe):
+        for key in (key for key in entries[0]["scores"][score] if key.startswith(CATEGORY_PREFIX)):
+            means = np.array([_float(each["scores"][score].get(key)) for each in entries])
+            if np.isfinite(means).any():
+                best = int(np.nanargmax(means))
+                values = (float(means[0]), float(means[best]), versions[best], float(means[-1]))
+                rows.append(CategoryRow(score, key.removeprefix(CATEGORY_PREFIX), *values))
+    return rows
+
+
+def shown_scores(entries: list[LogEntry], recipe: Recipe) -> list[str]:
+    """Return the scores' names, without the weighted sum if it is the only reward itself."""
+    names, rewards = list(entries[0]["scores"]), recipe.all_rewards
+    if len(rewards) == 1 and entries[0]["scores"]["reward"] == entries[0]["scores"][rewards[0].called]:
+        names.remove("reward")  # the same twice
+    return names
 
 
 def alarm_rows(entries: list[LogEntry]) -> list[tuple[int, str, str]]:
@@ -75,12 +111,9 @@ def evaluation_charts(entries: list[LogEntry], recipe: Recipe) -> list[Chart]:
     """Chart every score with its band, the shares left of image statistics, dark pixels, and the KL."""
     versions = np.array([each["policy_version"] for each in entries], np.float64)
     rewards = {table.called for table in recipe.all_rewards}
-    names = list(entries[0]["scores"])
-    if len(rewards) == 1 and entries[0]["scores"]["reward"] == entries[0]["scores"][next(iter(rewards))]:
-        names.remove("reward")  # the same curve twice
     wanted = [
         (name, BAND if name in rewards | {"reward"} else f"not trained on; {BAND}", _score(entries, name))
-        for name in names
+        for name in shown_scores(entries, recipe)
     ]
     shares = [RoundSeries(name, _share(entries, name)) for name in SHARES]
     wanted += [

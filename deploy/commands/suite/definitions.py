@@ -10,8 +10,6 @@ from typing import Any
 from ray_ddpo.common.prompt_set import PromptSet, SetName
 from ray_ddpo.common.prompts import File, Prompt, PromptSource
 
-CATEGORY = "tag"  # the metadata's key
-
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
@@ -88,11 +86,6 @@ def suite_named(name: str) -> Suite:
     if name not in SUITES:
         raise ValueError(f"--suite is {name!r}: it must be one of {list(SUITES)}")
     return SUITES[name]
-
-
-def category(prompt: Prompt) -> str:
-    """Return the category of a prompt; `all` if the set has none."""
-    return str(prompt.metadata.get(CATEGORY, "all"))
 
 
 def prompts_sha256(prompts: Sequence[Prompt]) -> str:

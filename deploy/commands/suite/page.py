@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from ray_ddpo.common.run_storage.png import png
 from ray_ddpo.deploy.commands.report.numbers import number, signed
-from ray_ddpo.deploy.commands.suite.definitions import category
+from ray_ddpo.deploy.evaluation.categories import category
 from ray_ddpo.deploy.evaluation.eval_result import EvalResult
 
 HERE = Path(__file__).parent

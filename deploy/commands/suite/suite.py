@@ -19,13 +19,13 @@ from ray_ddpo.common.recipe.registry import explain
 from ray_ddpo.common.recipe.tables import AggregationTable, RewardTable
 from ray_ddpo.deploy.commands.evaluate import PRETRAINED, new_output, results
 from ray_ddpo.deploy.commands.settings import differing_settings, kept_settings, settings_in_words
-from ray_ddpo.deploy.commands.suite.categories import CategoryMean, best_of, category_means
-from ray_ddpo.deploy.commands.suite.definitions import Suite, category, prompts_sha256, suite_named
+from ray_ddpo.deploy.commands.suite.definitions import Suite, prompts_sha256, suite_named
 from ray_ddpo.deploy.commands.suite.page import suite_page
 from ray_ddpo.deploy.commands.weights.given_base import check_given
 from ray_ddpo.deploy.commands.weights.given_weights import recipe_of
 from ray_ddpo.deploy.driver.components import SCORING, Given, build_components
 from ray_ddpo.deploy.driver.reward_prompts import check_rewards_prompts
+from ray_ddpo.deploy.evaluation.categories import CategoryMean, best_of, category, category_means
 from ray_ddpo.deploy.evaluation.eval_log import images_table
 from ray_ddpo.deploy.evaluation.eval_result import EvalResult
 

@@ -8,7 +8,9 @@ import numpy as np
 from jaxtyping import Float
 
 from ray_ddpo.common.metrics.statistics import rows_by_name
+from ray_ddpo.common.prompts import Prompt
 
+CATEGORY = "tag"  # the key of a prompt's metadata, as in GenEval
 Z95 = 1.959964  # of the normal distribution: 95 % lie within so many standard errors
 
 
@@ -30,6 +32,19 @@ class CategoryMean:
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "interval_95": self.interval}
+
+
+def category(prompt: Prompt) -> str:
+    """Return the category of a prompt; `all` if the set has none."""
+    return str(prompt.metadata.get(CATEGORY, "all"))
+
+
+def means_by_category(prompts: Sequence[Prompt], scores: Float[np.ndarray, "N"]) -> dict[str, float]:
+    """Return the mean of each category, in order of appearance. It is empty if no prompt has a category."""
+    if not any(CATEGORY in prompt.metadata for prompt in prompts):
+        return {}
+    names, texts = [category(prompt) for prompt in prompts], [prompt.text for prompt in prompts]
+    return {name: found.mean for name, found in category_means(names, texts, scores, False)[1].items()}
 
 
 def category_means(
