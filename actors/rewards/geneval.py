@@ -43,7 +43,7 @@ class GenEval(Reward):
     dtype: Precision = "float32"
     """Dtype of the models of `hub`. `auto`: float16 on a GPU, float32 on the CPU."""
     threshold: float = Field(default=0.3, ge=0, lt=1)
-    """Confidence above which an object counts."""
+    """Confidence above which an object counts. The detectors of `hub` report objects above 0.05 only."""
     counting_threshold: float = Field(default=0.9, ge=0, lt=1)
     """The same for prompts whose `tag` is `counting`."""
     max_objects: int = Field(default=16, ge=1)

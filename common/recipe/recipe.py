@@ -313,7 +313,8 @@ def _no_recipe(path: Path) -> str:
     place = f"{path}, it is a folder" if path.is_dir() else path
     near = near_recipes(path)
     hint = f"; did you mean {' or '.join(near)}?" if near else ", such as demo or tiny/grpo"
-    return f"there is no recipe at {place}: give the path of a TOML file, or the name of a shipped recipe{hint}"
+    names = "the name of a shipped recipe (`ddpo config recipes` lists them)"
+    return f"there is no recipe at {place}: give the path of a TOML file, or {names}{hint}"
 
 
 def _holding_a_user(value: Any, key: str = "") -> Iterator[str]:

@@ -108,7 +108,8 @@ def _add_recipe_verbs(verbs: Any) -> None:
 
     verb = verbs.add_parser("config", help="explain the keys of a recipe: type, default, bounds, meaning")
     section_help = (
-        "such as sampling; algorithm.grpo or reward.module:Class for a component's keys; by default an overview"
+        "such as sampling; algorithm.grpo or reward.module:Class for a component's keys; recipes for a list of those "
+        "that ship; by default an overview"
     )
     section: Any = verb.add_argument("section", nargs="?", metavar="SECTION", help=section_help)
     section.completer = _sections

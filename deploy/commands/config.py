@@ -20,11 +20,13 @@ from pydantic.fields import FieldInfo
 from ray_ddpo.common.recipe.bounds import LARGEST
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import Component, Registry, component_class, import_object, models_in
+from ray_ddpo.common.recipe.shipped import described_recipes
 from ray_ddpo.deploy.driver.registries import REGISTRIES
 
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}  # as TOML and JSON schema call them
 COMPONENTS = ("policy", "prompts", "reward", "algorithm", "trackers")  # sections that name a component
 ALIKE = {"rewards": "reward", "evaluation.scorers": "reward"}  # lists of tables that have another section's keys
+RECIPES = "recipes"  # in the place of a section: the shipped recipes
 NONE = "–"  # default of a key that need not be given
 DRAFT = "http://json-schema.org/draft-07/schema#"  # the version of JSON schema that editors' TOML plugins read
 SIGNS = {
@@ -84,13 +86,16 @@ def config(section: str | None) -> str:
     """Describe the keys of a section in words.
 
     Args:
-        section: such as `sampling`; with a component, such as `algorithm.grpo`. None: an overview of all sections.
+        section: such as `sampling`; with a component, such as `algorithm.grpo`. `recipes`: a list of those that ship.
+            None: an overview of all sections.
 
     Raises:
         ValueError: There is no such section or component.
     """
     if section is None:
         return _overview()
+    if section == RECIPES:
+        return "\n".join([*described_recipes(), "", "`ddpo train NAME` runs one, `ddpo plan NAME` says what it needs."])
     table, _, component = section.partition(".")
     table = ALIKE.get(section, ALIKE.get(table, table))
     if table not in sections():
@@ -138,7 +143,10 @@ def _overview() -> str:
     width = max(map(len, sections()))
     docs = {name: (inspect.getdoc(model) or "").partition("\n")[0] for name, model in sections().items()}
     lines = [f"{name:<{width}}  {doc}" for name, doc in docs.items()]
-    closing = "`ddpo config SECTION` prints the keys of a section, `ddpo config algorithm.grpo` those of a component."
+    closing = (
+        "`ddpo config SECTION` prints the keys of a section, `ddpo config algorithm.grpo` those of a component, and "
+        "`ddpo config recipes` a list of the shipped recipes."
+    )
     return "\n".join(["Keys above all sections:", "", *_in_words(Recipe), "", "Sections:", "", *lines, "", closing])
 
 

@@ -44,7 +44,7 @@ def test_an_unknown_name_is_refused_with_the_near_ones(wrong: str, near: list[st
     assert near_recipes(wrong) == near
     with pytest.raises(
         ValueError,
-        match="the name of a shipped recipe"
+        match=r"the name of a shipped recipe \(`ddpo config recipes` lists them\)"
         + (f"; did you mean {near[0]}" if near else ", such as demo or tiny/grpo$"),
     ):
         Recipe.load(wrong)

@@ -150,3 +150,10 @@ def test_shells_complete_verbs_recipes_and_sections(tmp_path: Path) -> None:
     assert set(completions("ddpo config rewa", tmp_path)) == {"reward", "rewards", "reward_workers"}
     assert set(completions("ddpo config rewards.jpeg_c", tmp_path)) == {"rewards.jpeg_compressibility"}
     assert set(completions("ddpo config algorithm.ddpo", tmp_path)) == {"algorithm.ddpo_is", "algorithm.ddpo_sf"}
+
+
+def test_the_shipped_recipes_are_listed_with_the_first_sentence_of_their_head() -> None:
+    lines = config("recipes").splitlines()
+    assert [line.split()[0] for line in lines[:-2]] == list(shipped_recipes())
+    assert lines[list(shipped_recipes()).index("tiny/draft")].endswith("  DRaFT-K on the embedded model")
+    assert [line for line in lines[:-2] if len(line.split()) < 4] == []
