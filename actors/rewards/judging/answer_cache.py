@@ -3,9 +3,12 @@
 import json
 import sqlite3
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ray_ddpo.actors.rewards.judging.answers import ChatAnswer
+from ray_ddpo.actors.rewards.service_client import RewardServiceFailed
 
 FILE = "answers.sqlite3"
 WAIT_SECONDS = 60.0  # for another process that writes
@@ -30,6 +33,7 @@ class AnswerCache:
             ValueError: the folder cannot be written, or its file is no cache.
         """
         self._size = size
+        self._folder = folder
         self._lock = threading.Lock()
         path = Path(folder).expanduser() if folder else None
         try:
@@ -46,9 +50,24 @@ class AnswerCache:
                 "local disk that can be written, and the file must be of this cache"
             ) from error
 
+    @contextmanager
+    def _database_alone(self) -> Iterator[None]:
+        """Let one thread use the database.
+
+        Raises:
+            RewardServiceFailed: another process has locked the file for too long, or the disk is full. A retry may succeed.
+        """
+        with self._lock:
+            try:
+                yield
+            except sqlite3.OperationalError as error:
+                raise RewardServiceFailed(
+                    f"the cache of answers in {self._folder!r} does not answer: {error}"
+                ) from error
+
     def get(self, key: str) -> ChatAnswer | None:
         """Return the answer, and mark it as used; None if it is unknown."""
-        with self._lock:
+        with self._database_alone():
             row = self._database.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
             if row is None:
                 return None
@@ -61,7 +80,7 @@ class AnswerCache:
     def put(self, key: str, answer: ChatAnswer) -> None:
         """Keep an answer, and remove the least recently used ones if there are too many."""
         stored = json.dumps({"text": answer.text, "first_token": answer.first_token})
-        with self._lock:
+        with self._database_alone():
             self._database.execute(
                 "INSERT OR REPLACE INTO answers VALUES (?, ?, (SELECT IFNULL(MAX(used), 0) + 1 FROM answers))",
                 (key, stored),

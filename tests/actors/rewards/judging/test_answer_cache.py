@@ -1,13 +1,16 @@
 """Answers are remembered in memory or in a file, bounded, by several processes at once."""
 
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ray_ddpo.actors.rewards.judging import answer_cache
 from ray_ddpo.actors.rewards.judging.answer_cache import FILE, AnswerCache
 from ray_ddpo.actors.rewards.judging.answers import ChatAnswer
+from ray_ddpo.actors.rewards.service_client import RewardServiceFailed
 
 ANSWER = ChatAnswer("Yes, a “cat”", (("Yes", -0.25), ("No", -1.5)))
 ROOT = Path(__file__).parents[4]
@@ -54,3 +57,15 @@ def test_a_file_that_is_no_cache_and_a_folder_that_is_a_file_are_named(tmp_path:
     for folder in (tmp_path, tmp_path / FILE):
         with pytest.raises(ValueError, match=f"cache_folder is '{folder}'"):
             AnswerCache(str(folder), 10)
+
+
+def test_a_locked_file_fails_the_image_and_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_cache, "WAIT_SECONDS", 0.05)
+    cache = AnswerCache(str(tmp_path), size=10)
+    other = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(RewardServiceFailed, match=f"the cache of answers in '{tmp_path}' does not answer: .*locked"):
+        cache.put("key", ChatAnswer("5"))
+    other.execute("ROLLBACK")
+    cache.put("key", ChatAnswer("5"))
+    assert cache.get("key") == ChatAnswer("5")
