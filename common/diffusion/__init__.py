@@ -7,5 +7,6 @@ POLICIES: Registry = {
     "sdxl": "ray_ddpo.common.diffusion.families.sdxl:SDXL",
     "sd3": "ray_ddpo.common.diffusion.families.sd3:SD3",
     "flux": "ray_ddpo.common.diffusion.families.flux:Flux",
+    "flux_kontext": "ray_ddpo.common.diffusion.families.flux:FluxKontext",
     "qwen_image": "ray_ddpo.common.diffusion.families.qwen_image:QwenImage",
 }

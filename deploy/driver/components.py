@@ -24,6 +24,7 @@ from ray_ddpo.common.trackers import TRACKERS
 from ray_ddpo.common.trackers.tracker import Tracker
 from ray_ddpo.common.user_code.blame import call_if_own
 from ray_ddpo.deploy.driver.given_image_checks import check_given_images
+from ray_ddpo.deploy.driver.input_image_checks import check_input_images
 from ray_ddpo.deploy.driver.reward_gradients import check_reward_gradients
 from ray_ddpo.deploy.driver.sampling_checks import (
     check_held_out_steps,
@@ -194,6 +195,7 @@ def components_of(recipe: Recipe, given: Given = NOTHING_GIVEN, trains: bool = T
         check_reward_gradients(recipe, algorithm, rewards)
     prompts: PromptSource = given.prompts or build(PROMPTS, recipe.prompts.table(), "prompts", PromptSource)
     check_given_images(recipe, policy, prompts, algorithm, rewards)
+    check_input_images(recipe, policy, prompts)
     return Components(
         recipe,
         policy,

@@ -21,7 +21,8 @@ Components = Mapping[str, Mapping[str, Any]]  # part name → its keys; model_in
 INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
 NORMALIZED_PIPELINES = ("QwenImagePipeline",)  # of latents with mean and deviation of each channel
-FLOW_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline", *NORMALIZED_PIPELINES)
+FLUX_PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
+FLOW_PIPELINES = ("StableDiffusion3Pipeline", *FLUX_PIPELINES, *NORMALIZED_PIPELINES)
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", *FLOW_PIPELINES)  # pipelines that are checked here
 DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent keys
     "unet": {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280},
@@ -33,7 +34,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
         "joint_attention_dim": 4096,
         "pooled_projection_dim": 2048,
     },
-    "FluxPipeline": {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "patch_size": 1},
+    **dict.fromkeys(
+        FLUX_PIPELINES,
+        {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "patch_size": 1},
+    ),
     "QwenImagePipeline": {"in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584, "patch_size": 2},
 }
 
@@ -219,7 +223,7 @@ def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]
     if config.pipeline_class == "StableDiffusion3Pipeline":
         pooled = value_of("text_encoder", "projection_dim") + value_of("text_encoder_2", "projection_dim")
         wanted.append(("pooled_projection_dim", "projection_dim of the two CLIPs", pooled))
-    elif config.pipeline_class == "FluxPipeline":
+    elif config.pipeline_class in FLUX_PIPELINES:
         width = value_of("text_encoder", "hidden_size")
         wanted.append(("pooled_projection_dim", "hidden_size of text_encoder", width))
     elif config.pipeline_class == "QwenImagePipeline":

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.guidance import INPUT
 from ray_ddpo.common.diffusion.loading.config_keys import check_keys, check_steps, configuration_files
 from ray_ddpo.common.diffusion.loading.library_errors import NOT_MADE, library_errors, try_once
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs, model_sizes, read_config
@@ -119,7 +120,8 @@ class DiffusersConfig(PolicyConfig):
 
     def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Return the shapes with those of the `negative_…` tensors."""
-        return shapes | {f"negative_{name}": shape for name, shape in shapes.items()}
+        negative = {f"negative_{name}": shape for name, shape in shapes.items() if not name.startswith(INPUT)}
+        return shapes | negative
 
     @property
     def scale_factor(self) -> int:

@@ -19,6 +19,7 @@ FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its
     "StableDiffusionXLPipeline": ("sdxl", "SDXL"),
     "StableDiffusion3Pipeline": ("sd3", "Stable Diffusion 3"),
     "FluxPipeline": ("flux", "FLUX"),
+    "FluxKontextPipeline": ("flux_kontext", "FLUX Kontext"),
     "QwenImagePipeline": ("qwen_image", "Qwen-Image"),
 }
 TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had two for each

@@ -66,7 +66,7 @@ def theirs(name: str, pipeline: Any, settings: SamplingTable, shape: tuple[int, 
     keys = call_keys(name, settings.guidance_scale, settings.negative_prompt)
     keys |= {"eta": 0.0} if name in ("stable_diffusion", "sdxl") else {}
     keys |= {"height": factor * shape[1], "width": factor * shape[2], "num_inference_steps": 3}
-    images = pipeline(PROMPTS, latents=packed(noise) if name in PACKED else noise, **keys).images
+    images = pipeline(prompt=PROMPTS, latents=packed(noise) if name in PACKED else noise, **keys).images
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
@@ -144,7 +144,7 @@ def test_one_side_alone_and_a_sample_size_of_two_numbers(tmp_path: Path) -> None
     pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     noise = next(image_noise(SEEDS, policy.latent_shape))
-    images = pipeline(PROMPTS, latents=noise, eta=0.0, num_inference_steps=3, guidance_scale=3.0).images
+    images = pipeline(prompt=PROMPTS, latents=noise, eta=0.0, num_inference_steps=3, guidance_scale=3.0).images
     assert_alike(ours(config, sampling(3.0)), np.stack([np.asarray(image) for image in images]).astype(int))
     assert_accepted("a UNet whose `sample_size` is [height, width]")
 

@@ -64,7 +64,7 @@ def pipelines_images(family: tuple[str, Path], pipeline: Any, shape: tuple[int, 
     noise = next(image_noise(SEEDS, shape))
     latents = packed(noise) if family[0] in PACKED else noise
     keys = call_keys(family[0], 3.0) | ({"eta": 0.0} if family[0] in ("stable_diffusion", "sdxl") else {})
-    images = pipeline(PROMPTS, latents=latents, num_inference_steps=4, **keys).images
+    images = pipeline(prompt=PROMPTS, latents=latents, num_inference_steps=4, **keys).images
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
