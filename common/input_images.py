@@ -89,7 +89,7 @@ def open_input(where: str, path: Path, sha256: str | None = None) -> Image.Image
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"{where} is another file than when the run began: restore it, or begin a new run")
     image = ImageOps.exif_transpose(decoded_image(where, data))
-    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         raise ValueError(f"{where} has transparent pixels, which have no color: put it on a background")
     return image
 

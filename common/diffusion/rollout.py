@@ -134,7 +134,8 @@ def encoded_prompts(
     policy: Policy, prompts: list[str], inputs: InputImages | None = None
 ) -> tuple[Conditioning, Int[Tensor, "B"], Conditioning]:
     """Return the conditioning of the distinct prompts, each image's prompt among them, and one row per image."""
-    keys = prompts if inputs is None else list(zip(prompts, inputs.contents, strict=True))
+    contents = [""] * len(prompts) if inputs is None else inputs.contents
+    keys = list(zip(prompts, contents, strict=True))
     distinct = list(dict.fromkeys(keys))
     prompt_index = torch.tensor([distinct.index(key) for key in keys])
     firsts = [keys.index(key) for key in distinct]

@@ -65,7 +65,7 @@ def call_transformer(
     height, width = latents.shape[-2:]
     images = [latents] if input_latents is None else [latents, input_latents]
     guidance, hidden_states = None, torch.cat([packed(image) for image in images], dim=1)
-    places = [token_places(*image.shape[-2:], prompt_embeds, number) for number, image in enumerate(images)]
+    places = [token_places(height, width, prompt_embeds, number) for number in range(len(images))]
     if network.config.guidance_embeds:
         guidance = torch.full((len(latents),), guidance_scale, device=latents.device, dtype=torch.float32)
     tokens = network(
