@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tests.tiny_pipeline import save_tiny_pipeline, tiny_tokenizer
+from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 QWEN_IMAGE_TEMPLATE = (
@@ -283,6 +283,7 @@ def _t5(width: int) -> Any:
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "stable_diffusion": save_tiny_pipeline,
+    "sd_inpainting": save_tiny_inpainting,
     "sdxl": save_tiny_sdxl,
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
@@ -307,6 +308,8 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
 }
 
 
+SAFETY_CHECKED = ("stable_diffusion", "sd_inpainting")  # families whose pipelines ask for a safety checker
+DDIM_SAMPLED = (*SAFETY_CHECKED, "sdxl")
 PACKED = ("flux", "flux_kontext", "qwen_image")  # families whose pipelines take and give tokens instead of latents
 
 
@@ -321,6 +324,9 @@ def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str,
     if name == "qwen_image":
         negatives = [" " if negative is None else negative] * 2
         return {"true_cfg_scale": scale, "negative_prompt": negatives, "max_sequence_length": 12, **size}
+    if name == "sd_inpainting":
+        blank = {"image": Image.new("RGB", (16, 16)), "mask_image": Image.new("L", (16, 16), 255), **size}
+        return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **blank}
     text = {"max_sequence_length": 12} if name in ("sd3", "flux", "flux_kontext") else {}
     if name == "flux":
         return {"guidance_scale": scale, **text, **size}

@@ -6,14 +6,18 @@ from typing import Any
 import torch
 
 
-def save_tiny_pipeline(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+def save_tiny_pipeline(
+    folder: Path, seed: int = 0, pipeline: str = "StableDiffusionPipeline", in_channels: int = 4, **scheduler: object
+) -> Path:
     """Write the pipeline. `scheduler` changes its DDIM configuration."""
-    from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    import diffusers
+    from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=8,
+        in_channels=in_channels,
         block_out_channels=(16, 32),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -42,7 +46,7 @@ def save_tiny_pipeline(folder: Path, seed: int = 0, **scheduler: object) -> Path
     )
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
     config |= {"set_alpha_to_one": False, "steps_offset": 1, **scheduler}
-    StableDiffusionPipeline(
+    getattr(diffusers, pipeline)(
         vae=vae,
         text_encoder=CLIPTextModel(text),
         tokenizer=tiny_tokenizer(),
@@ -53,6 +57,11 @@ def save_tiny_pipeline(folder: Path, seed: int = 0, **scheduler: object) -> Path
         requires_safety_checker=False,
     ).save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def save_tiny_inpainting(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write a pipeline whose UNet reads a mask and a masked image as well."""
+    return save_tiny_pipeline(folder, seed, "StableDiffusionInpaintPipeline", 9, **scheduler)
 
 
 def tiny_tokenizer(max_length: int = 8) -> Any:

@@ -114,6 +114,10 @@ class DiffusersConfig(PolicyConfig):
         """Return the network's rows per image: 2 with classifier-free guidance, else 1."""
         return 2 if sampling.is_guided else 1
 
+    def taken_channels(self, latent_channels: int) -> int:
+        """Return how many channels the network takes, for latents of so many channels."""
+        return self.latent_packing * latent_channels
+
     def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
         """Return C, H, W of one image's latents."""
         return network_config["in_channels"], *self.latent_sides(network_config["sample_size"])
