@@ -136,7 +136,8 @@ def build_components(recipe: Recipe, given: Given = NOTHING_GIVEN, used: Collect
     call_if_own(components.policy, POLICIES, "check")
     components.policy.lora_files()
     check_held_out_steps(recipe, components.policy)
-    if not components.prompts.gives_images:  # a preference file is read where a run starts: a plan needs none
+    # Files of images are read where a run starts: a plan needs none.
+    if not components.prompts.gives_images and not components.prompts.input_columns:
         call_if_own(components.prompts, PROMPTS, "load")
     if components.algorithm.restarts_per_image is not None and "learner" in used:
         components = replace(components, algorithm=with_reward_gradients(components))

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ray_ddpo.common.input_images import blank_inputs, check_inputs, read_inputs, without_places
 from ray_ddpo.common.prompts import File, Prompt
+from tests.accepted_page import assert_refused
 from tests.input_files import input_mask, input_pixels, save_inputs
 
 
@@ -41,8 +42,9 @@ def test_contents_tell_images_apart_wherever_they_lie(tmp_path: Path) -> None:
     assert without_places({"image": "a.png", "row": 1}) == {"image": "a.png", "row": 1}
     Image.fromarray(input_pixels(9)).save(tmp_path / "here" / "0.png")
     assert here.input_contents() != there.input_contents()
-    with pytest.raises(ValueError, match=r"0.png' is another file than when the run began"):
+    with pytest.raises(ValueError) as error:
         read_inputs([first.metadata], (16, 16))
+    assert_refused("an input image that changed during a run", str(error.value))
 
 
 def test_images_stand_upright_and_are_cut_to_the_outputs_size(tmp_path: Path) -> None:
@@ -59,24 +61,24 @@ def test_images_stand_upright_and_are_cut_to_the_outputs_size(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("mode", "fill", "message"),
+    ("situation", "mode", "fill"),
     [
-        ("RGBA", (1, 2, 3, 100), "has transparent pixels, which have no color"),
-        ("I;16", 1000, "its pixels are of Pillow's mode I;16"),
-        (None, None, "it is no image that can be read"),
+        ("a transparent input image", "RGBA", (1, 2, 3, 100)),
+        ("an input image of more than 8 bits a channel", "I;16", 1000),
+        ("a damaged input image", None, None),
     ],
 )
 def test_a_file_that_no_model_can_read_is_refused_before_the_run(
-    mode: str | None, fill: Any, message: str, tmp_path: Path
+    situation: str, mode: str | None, fill: Any, tmp_path: Path
 ) -> None:
     file = save_inputs(tmp_path)
     if mode is None:
         (tmp_path / "2.png").write_bytes(b"no image")
     else:
         Image.new(mode, (16, 16), fill).save(tmp_path / "2.png")
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError) as error:
         source(file).check()
-    assert "2.png" in str(error.value) and str(error.value).startswith("prompts.path")
+    assert_refused(situation, str(error.value))
 
 
 def test_opaque_and_grey_images_are_read_in_color(tmp_path: Path) -> None:
@@ -92,11 +94,13 @@ def test_missing_files_columns_and_masks_of_another_size_are_named(tmp_path: Pat
     with pytest.raises(ValueError, match=r"line 1: its 'picture' is missing, and it must be the path"):
         source(file, image_column="picture").sampled()
     Image.new("L", (8, 8)).save(tmp_path / "1_mask.png")
-    with pytest.raises(ValueError, match=r"1.png' has \(16, 16\) pixels, and its mask .*1_mask.png' \(8, 8\)"):
+    with pytest.raises(ValueError) as error:
         source(file).check()
+    assert_refused("a mask of another size than its image", str(error.value))
     (tmp_path / "3.png").unlink()
-    with pytest.raises(ValueError, match=r"line 4: 'image': there is no image '.*3.png'"):
+    with pytest.raises(ValueError) as error:
         source(file).load()
+    assert_refused("an input image that is missing", str(error.value))
     with pytest.raises(ValueError, match="mask_column is 'mask' and image_column None"):
         source(file, image_column=None)
     with pytest.raises(ValueError, match="a prompt has no input image"):

@@ -14,6 +14,7 @@ from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.train import run_training
+from tests.accepted_page import assert_refused
 from tests.input_files import input_mask, input_pixels, input_table, save_inputs
 from tests.tiny_families import MAKERS, policy_table
 
@@ -116,10 +117,12 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_refuses_other_images(tables:
 
 def test_an_editing_family_needs_images_and_others_refuse_them(tables: dict, tmp_path: Path) -> None:
     edits = edit_tables(tables, tmp_path)
-    with pytest.raises(ValueError, match=r"whose FluxKontext edits an input image, and the prompts .* have no image"):
+    with pytest.raises(ValueError) as error:
         build_components(Recipe.parse({**edits, "prompts": {"name": "animals"}}))
-    with pytest.raises(ValueError, match="prompts.image_column is 'image', and StableDiffusion reads no input image"):
+    assert_refused("an editing family, and prompts without images", str(error.value))
+    with pytest.raises(ValueError) as error:
         build_components(Recipe.parse({**edits, "policy": tables["policy"], "sampling": tables["sampling"]}))
+    assert_refused("prompts with images, and a family that reads none", str(error.value))
     with pytest.raises(
         ValueError, match="the reward edit_preservation reads each prompt's input image, and 'cat' has none"
     ):
