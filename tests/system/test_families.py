@@ -13,8 +13,8 @@ from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import component_class
 from ray_ddpo.train import run_training
-from tests.system.conftest import final_fingerprint
 from tests.input_files import input_table, save_inputs
+from tests.system.conftest import final_fingerprint
 from tests.tiny_families import MAKERS, policy_table
 
 ON_RAY = [
