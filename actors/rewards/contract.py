@@ -32,7 +32,7 @@ def under_contract(reward: Any, who: str, with_inputs: bool = False) -> LoadedRe
         RewardMistake: `reward` has another signature. The wrapped reward raises it too, if a result is wrong, and
             ValueError, if an input image cannot be read.
     """
-    check_signature(reward, who, with_inputs)
+    check_signature(reward, who)
 
     def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
         given = images.copy()
@@ -51,10 +51,10 @@ def asks_for_inputs(function: Any) -> bool:
         return False
 
 
-def check_signature(reward: Any, who: str, with_inputs: bool = False) -> None:
+def check_signature(reward: Any, who: str) -> None:
     """Raise RewardMistake if `reward` cannot be called with images, prompts and metadata, as far as can be known.
 
-    If it `with_inputs`, it must take `inputs` by name as well.
+    A function that has a parameter `inputs` must take it by name.
     """
     if isinstance(reward, type):
         raise RewardMistake(
@@ -75,7 +75,7 @@ def check_signature(reward: Any, who: str, with_inputs: bool = False) -> None:
     except (ValueError, TypeError):  # some functions written in C have no signature: the first call shows
         return
     try:
-        signature.bind(None, None, None, **({"inputs": None} if with_inputs else {}))
+        signature.bind(None, None, None, **({"inputs": None} if asks_for_inputs(reward) else {}))
     except TypeError as error:
         raise RewardMistake(
             f"{who} has the signature {signature}: it is called with three arguments by position, {SIGNATURE}; {error}"

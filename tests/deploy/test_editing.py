@@ -33,6 +33,7 @@ def edit_tables(tables: dict, folder: Path, family: str = "flux_kontext") -> dic
         "algorithm": {"name": "grpo"},
         "learner": {**tables["learner"], "micro_batch_size": 4},
         "evaluation": {"every": 1, "images": 4, "batch_size": 4},
+        "checkpoint": {"every": 1, "keep": 3},
     }
 
 
@@ -94,7 +95,7 @@ def test_evaluate_and_report_show_the_input_images(run: Path, tmp_path: Path) ->
     assert 0 < change["edit_preservation"]["before"] < 1
     assert cli.main(["report", str(run)]) == 0
     page = (run / "report" / "report.html").read_text()
-    assert page.count('class="input"') >= 4 and "stands the input image that both edit" in page
+    assert page.count('class="input"') >= 4 and "Left of each pair is the input image that both edit" in page
     assert (run / "report" / "before_after.png").exists()
 
 
@@ -118,7 +119,7 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_refuses_other_images(tables:
 def test_an_editing_family_needs_images_and_others_refuse_them(tables: dict, tmp_path: Path) -> None:
     edits = edit_tables(tables, tmp_path)
     with pytest.raises(ValueError) as error:
-        build_components(Recipe.parse({**edits, "prompts": {"name": "animals"}}))
+        build_components(Recipe.parse({**edits, "prompts": {"name": "animals", "images_per_prompt": 2}}))
     assert_refused("an editing family, and prompts without images", str(error.value))
     with pytest.raises(ValueError) as error:
         build_components(Recipe.parse({**edits, "policy": tables["policy"], "sampling": tables["sampling"]}))
