@@ -12,7 +12,6 @@ def save_tiny_pipeline(
     """Write the pipeline. `scheduler` changes its DDIM configuration."""
     import diffusers
     from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
@@ -32,6 +31,24 @@ def save_tiny_pipeline(
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     )
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    config |= {"set_alpha_to_one": False, "steps_offset": 1, **scheduler}
+    getattr(diffusers, pipeline)(
+        vae=vae,
+        text_encoder=_text_encoder(),
+        tokenizer=tiny_tokenizer(),
+        unet=unet,
+        scheduler=DDIMScheduler(**config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _text_encoder() -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     text = CLIPTextConfig(
         vocab_size=520,
         hidden_size=16,
@@ -44,19 +61,7 @@ def save_tiny_pipeline(
         eos_token_id=1,
         pad_token_id=1,
     )
-    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-    config |= {"set_alpha_to_one": False, "steps_offset": 1, **scheduler}
-    getattr(diffusers, pipeline)(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tiny_tokenizer(),
-        unet=unet,
-        scheduler=DDIMScheduler(**config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder, safe_serialization=True)
-    return folder
+    return CLIPTextModel(text)
 
 
 def save_tiny_inpainting(folder: Path, seed: int = 0, **scheduler: object) -> Path:

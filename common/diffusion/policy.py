@@ -94,10 +94,7 @@ class Policy(OptionalMethods, ABC):
     def encode(self, prompts: list[str], inputs: InputImages | None = None) -> Conditioning:
         """Return tensors with one row per prompt. Those named `negative_…` have one row for all prompts.
 
-        Args:
-            prompts: the texts.
-            inputs: one per prompt, if the family `reads_inputs`; without them it takes black images, to be tried.
-                Their tensors are named `input_…`. Other families are called without this argument.
+        Only a family that `reads_inputs` gets `inputs`, a row per prompt. Without, it takes black ones, to be tried.
         """
 
     def initial_latents(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
