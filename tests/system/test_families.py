@@ -37,7 +37,8 @@ def recipe_of(tables: dict, folder: Path, family: str, **changes: Any) -> Recipe
     small = {**tables, "policy": policy_table(family, model), "sampling": sampling, "learner": learner}
     config: Any = component_class(POLICIES, family, "policy")
     if config.reads_inputs:
-        small["prompts"] = input_table(save_inputs(folder / "inputs"), mask=True)
+        small |= {"prompts": input_table(save_inputs(folder / "inputs"), mask=True)}
+        small |= {"reward": {"name": "edit_preservation"}}
     return Recipe.parse({**small, **changes})
 
 
