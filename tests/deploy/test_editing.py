@@ -12,7 +12,8 @@ from ray_ddpo import cli, train
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.deploy.driver.components import build_components
+from ray_ddpo.deploy.commands.model_card.card import loading
+from ray_ddpo.deploy.driver.components import build_components, components_of
 from ray_ddpo.train import run_training
 from tests.accepted_page import assert_refused
 from tests.input_files import input_mask, input_pixels, input_table, save_inputs
@@ -160,3 +161,11 @@ def test_a_python_program_hands_over_images_and_a_reward_that_asks_for_them(tabl
         train(recipe, prompts=rows[:1], reward=likeness, serial=True, resume=True)
     with pytest.raises(ValueError, match="prompts= has row 1, image is a int: give a path, a PIL image or an array"):
         train(recipe, prompts=[{"prompt": "a cat", "image": 3}], serial=True)
+
+
+def test_a_model_cards_program_gives_the_pipeline_its_input_image(run: Path) -> None:
+    recipe = Recipe.load(str(run / "recipe.toml"))
+    program = loading(recipe, components_of(recipe).policy, "alice/kontext", "make it red")
+    assert compile(program, "card", "exec")
+    assert "prompt='make it red', image=Image.open(\"image.png\")" in program and "from PIL import Image" in program
+    assert "height=16, width=16, max_area=256, _auto_resize=False" in program
