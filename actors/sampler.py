@@ -17,7 +17,7 @@ from ray_ddpo.common.diffusion.path_kl import PathKL, refuse_without_adapters
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.diffusion.policy_trial import load_checked, try_sampling
 from ray_ddpo.common.diffusion.prompt_lengths import print_cut_prompts
-from ray_ddpo.common.diffusion.rollout import SharedPrefix, refuse_window_without_noise, sample_trajectories
+from ray_ddpo.common.diffusion.rollout import SharedPrefix, inputs_of, refuse_window_without_noise, sample_trajectories
 from ray_ddpo.common.machine import measured_machine
 from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.prompts import Prompt, PromptSource
@@ -178,7 +178,8 @@ class Sampler:
             groups = len(set(task.prefix_seeds)) if len(rows) == len(task.seeds) else 1
             prefix = SharedPrefix(tuple(task.prefix_seeds[row] for row in rows), groups)
         sampling = task.sampling or self._sampling
-        return sample_trajectories(self._policy, prompts, seeds, sampling, task.window, prefix, path_kl)
+        inputs = inputs_of(self._policy, [task.prompts[row] for row in rows])
+        return sample_trajectories(self._policy, prompts, seeds, sampling, task.window, prefix, path_kl, inputs)
 
     def _try_out(self, task: Task, care: Care, note: Callable[[int], None] | None) -> None:
         """Sample and decode the task's images one by one, only to find out whether this process survives."""

@@ -37,6 +37,7 @@ NAMES = (
     "families/flux_dev_pickscore",
     "families/flux_dev_dance",
     "families/flux_dev_mixgrpo",
+    "families/flux_kontext_edit",
     "families/qwen_image_window",
 )
 

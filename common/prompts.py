@@ -2,10 +2,9 @@
 
 import inspect
 import json
-import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ import numpy as np
 from jaxtyping import UInt8
 from pydantic import Field, PrivateAttr, model_validator
 
+from ray_ddpo.common.input_images import CONTENT, IMAGE, MASK, check_inputs, content_key, with_inputs
 from ray_ddpo.common.prompt_files import Format, PromptFile
+from ray_ddpo.common.prompt_metadata import check_text, json_value
 from ray_ddpo.common.recipe.named_files import Weights
 from ray_ddpo.common.recipe.registry import Component, Registry, import_object
 from ray_ddpo.common.user_code.blame import blamed
@@ -46,9 +47,14 @@ class Prompt:
                 hold.
         """
         if isinstance(self.text, str):
-            _check_text(self.text, "the prompt")
+            check_text(self.text, "the prompt")
         if isinstance(self.metadata, dict) and self.metadata:
-            object.__setattr__(self, "metadata", _json_value(self.metadata, "metadata"))
+            object.__setattr__(self, "metadata", json_value(self.metadata, "metadata"))
+
+    @property
+    def key(self) -> str:
+        """Return what tells this prompt from others: its text and, if it has one, its input image's content."""
+        return content_key(self.text, self.metadata)
 
 
 def metadata_as_json(prompts: Sequence[Prompt]) -> list[str | None]:
@@ -56,37 +62,13 @@ def metadata_as_json(prompts: Sequence[Prompt]) -> list[str | None]:
     return [json.dumps(prompt.metadata, ensure_ascii=False) if prompt.metadata else None for prompt in prompts]
 
 
-def _check_text(text: str, what: str) -> None:
-    """Raise ValueError if a text cannot be encoded."""
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{what} {text!r} is no text that can be encoded: {error.reason}") from error
-
-
-def _json_value(value: Any, place: str) -> Any:
-    """Return the value as JSON gives it back: tuples as lists, numpy's numbers as Python's. Else raise ValueError."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, dict):
-        if other := [key for key in value if not isinstance(key, str)]:
-            raise ValueError(f"{place} has the key {other[0]!r}: a key must be a text")
-        for key in value:
-            _check_text(key, f"a key of {place}")
-        return {key: _json_value(item, f"{place}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_value(item, f"{place}.{index}") for index, item in enumerate(value)]
-    if isinstance(value, str):
-        _check_text(value, place)
-    elif not (value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
-        kind = "" if isinstance(value, float) else f", of type {type(value).__name__}"
-        raise ValueError(
-            f"{place} is {str(value)[:40]!r}{kind}: a prompt's metadata is what JSON holds: texts, finite numbers, "
-            "true, false, null, lists and objects"
-        )
-    return value
+def refuse_without_inputs(prompts: Sequence[Prompt], who: str) -> None:
+    """Raise ValueError if a prompt has no input image, which `who` reads."""
+    for prompt in prompts:
+        if IMAGE not in prompt.metadata:
+            raise ValueError(
+                f"{who} reads each prompt's input image, and {prompt.text!r} has none: give prompts.image_column"
+            )
 
 
 SamplePrompt = Callable[[np.random.Generator], Prompt]
@@ -154,6 +136,15 @@ class PromptSource(Component, ABC):
         """Check before a run starts what `load` does not read. Raise ValueError if the run would fail. By default nothing."""
 
     @property
+    def input_columns(self) -> dict[str, str]:
+        """Return the columns of the prompts' input images, `image` and `mask`; empty if prompts are texts alone."""
+        return {}
+
+    def input_contents(self) -> list[str]:
+        """Return the SHA-256 of all input images and masks, in the order of the prompts; by default there are none."""
+        return []
+
+    @property
     def gives_images(self) -> bool:
         """Return whether the source gives images, which are then trained on in place of sampled ones."""
         return False
@@ -191,8 +182,12 @@ def _rows_of(text: str, prompts: list[Prompt]) -> list[Prompt]:
     return found
 
 
-def read_prompts(file: PromptFile) -> list[Prompt]:
+def read_prompts(file: PromptFile, input_columns: Mapping[str, str] | None = None) -> list[Prompt]:
     """Return the prompts of a file with their metadata, in order.
+
+    Args:
+        file: the file.
+        input_columns: columns of the paths of input images, which begin in the file's folder.
 
     Raises:
         ValueError: The file cannot be used. One line names the recipe's key, the file, and the line or row.
@@ -200,6 +195,8 @@ def read_prompts(file: PromptFile) -> list[Prompt]:
     prompts = []
     for where, text, metadata in file.rows():
         try:
+            if input_columns:
+                metadata = with_inputs(metadata, input_columns, file.path.parent)
             prompts.append(Prompt(text, metadata))
         except ValueError as error:
             raise file.fault(str(error), where) from None
@@ -257,6 +254,19 @@ class File(PromptList):
     """Prompts that are held out: never sampled in training, used for evaluation."""
     held_out_path: str | None = None
     """Second file, whose prompts are used for evaluation only."""
+    image_column: str | None = None
+    """Column with the path of the image that a prompt edits. By default prompts are texts alone."""
+    mask_column: str | None = None
+    """Column with the path of the mask: white where the image may change."""
+
+    @model_validator(mode="after")
+    def _a_mask_is_of_an_image(self) -> "File":
+        if self.mask_column is not None and self.image_column in (None, self.mask_column):
+            raise ValueError(
+                f"mask_column is {self.mask_column!r} and image_column {self.image_column!r}: a mask is of an image, so "
+                "give the column of each"
+            )
+        return self
 
     @model_validator(mode="after")
     def _prompts_are_held_out_in_one_way(self) -> "File":
@@ -272,8 +282,23 @@ class File(PromptList):
         paths = {key: Path(file).expanduser().absolute() for key, file in files.items() if file is not None}
         return tuple(Weights(str(path.parent), (path.name,), key) for key, path in paths.items())
 
+    @property
+    def input_columns(self) -> dict[str, str]:
+        columns = {IMAGE: self.image_column, MASK: self.mask_column}
+        return {name: column for name, column in columns.items() if column is not None}
+
+    def input_contents(self) -> list[str]:
+        prompts = [*self._all(), *self._held_out()] if self.input_columns else []
+        return [prompt.metadata[name + CONTENT] for prompt in prompts for name in self.input_columns]
+
+    def check(self) -> None:
+        if self.input_columns:
+            check_inputs([prompt.metadata for prompt in self._all()], "prompts.path")
+            check_inputs([prompt.metadata for prompt in self._held_out()], "prompts.held_out_path")
+
     def _read(self, path: str, key: str) -> list[Prompt]:
-        return read_prompts(PromptFile(Path(os.path.expanduser(path)), key, self.format, self.column))
+        file = PromptFile(Path(os.path.expanduser(path)), key, self.format, self.column)
+        return read_prompts(file, self.input_columns)
 
     def _all(self) -> list[Prompt]:
         return self._read(self.path, "prompts.path")
@@ -295,7 +320,13 @@ class File(PromptList):
         held_out, every = self._held_out(), self._all()
         if not texts:
             return held_out or every
-        found = [_rows_of(text, held_out) or _rows_of(text, every) or [Prompt(text)] for text in texts]
+        rows = {text: _rows_of(text, held_out) or _rows_of(text, every) for text in texts}
+        if self.input_columns and (unknown := [text for text in texts if not rows[text]]):
+            raise ValueError(
+                f"evaluation.prompts has {unknown}, which is no prompt of {self.path} and so has no input image: add it "
+                "to prompts.held_out_path with its image"
+            )
+        found = [rows[text] or [Prompt(text)] for text in texts]
         return [prompt for rows in found for prompt in rows]
 
 

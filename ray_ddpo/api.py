@@ -11,7 +11,7 @@ from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trackers.tracker import Metrics, Tracker
 from ray_ddpo.deploy.driver.cluster import stopping_what_it_started
-from ray_ddpo.handed_over import PromptsArgument, RewardArgument, components_given, with_components
+from ray_ddpo.handed_over import PromptsArgument, RewardArgument, components_given, stored_rows, with_components
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.run import Run
 from ray_ddpo.train import run_training
@@ -47,7 +47,8 @@ def train(
         recipe: a recipe, the path of its file, or the name of one that ships with the package (`"demo"`).
         reward: a function `(images, prompts, metadata) -> scores` with uint8 images [B, H, W, 3] and one number an image, a
             `Reward`, or a dictionary of several by name, which are added up.
-        prompts: a list of texts, a function `(generator) -> text` or `-> (text, metadata)`, or a `PromptSource`.
+        prompts: a list of texts, a function `(generator) -> text` or `-> (text, metadata)`, or a `PromptSource`; for
+            editing a list of rows with `prompt`, `image` and, for inpainting, `mask`: paths, PIL images or arrays.
         pipeline: a pipeline of diffusers, which is saved in the run's folder, or the folder of one.
         policy: the configuration of a model family, in the place of `[policy]`.
         algorithm: an algorithm, in the place of `[algorithm]`.
@@ -62,8 +63,8 @@ def train(
     """
     with _errors_in_python():
         replaced = {"policy": policy, "algorithm": algorithm, "trackers": trackers, "on_round": on_round}
-        given = components_given(reward=reward, prompts=prompts, **replaced)
         chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        given = components_given(reward=reward, prompts=stored_rows(prompts, chosen), **replaced)
         chosen = with_components(chosen, given, pipeline)
         place = chosen.run_path() if "://" in chosen.output_dir else Path(chosen.run_path()).absolute()
         with stopping_what_it_started():

@@ -202,7 +202,7 @@ def _sample(options: argparse.Namespace) -> None:
     from ray_ddpo.deploy.commands.sample import sample
 
     asked = (options.lora, options.recipe, options.prompts, options.seed, options.output)
-    for path in sample(*asked, options.overrides):
+    for path in sample(*asked, options.overrides, {"image": options.image, "mask": options.mask}):
         print(path)
 
 

@@ -1,10 +1,16 @@
 """Python objects in the place of a recipe's tables: rewards, prompts, algorithms, trackers, families and pipelines."""
 
+import hashlib
+import io
+import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.actors.rewards.contract import check_signature
@@ -13,10 +19,12 @@ from ray_ddpo.actors.rewards.reward import Reward
 from ray_ddpo.common.base_parts import fingerprint
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.policy import PolicyConfig
+from ray_ddpo.common.input_images import IMAGE, MASK
 from ray_ddpo.common.prompts import PROMPTS, PromptFunction, PromptSource, Texts
+from ray_ddpo.common.prompts import File as PromptFile
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import Component, Registry, component_class
-from ray_ddpo.common.run_storage.run_folder import MODEL, RunFolder
+from ray_ddpo.common.run_storage.run_folder import GIVEN_PROMPTS, MODEL, RunFolder
 from ray_ddpo.common.trackers import TRACKERS
 from ray_ddpo.common.trackers.callback import Callback
 from ray_ddpo.common.trackers.tracker import Metrics, Tracker
@@ -26,7 +34,7 @@ from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 
 RewardArgument = Reward | Callable[..., Any]
-PromptsArgument = PromptSource | Sequence[str] | Callable[..., Any]
+PromptsArgument = PromptSource | Sequence[str] | Sequence[Mapping[str, Any]] | Callable[..., Any]
 
 
 def components_given(
@@ -135,6 +143,71 @@ def _pipeline_folder(pipeline: Any, recipe: Recipe) -> str:
             "pipeline, or give the recipe another name"
         )
     return str(place)
+
+
+def stored_rows(prompts: PromptsArgument | None, recipe: Recipe) -> PromptsArgument | None:
+    """Return prompts as given. Of rows, whose images may be Python objects, return a file in the run's folder.
+
+    Raises:
+        ValueError: a row has no prompt or an image that is none, the run's folder is no folder of this machine, or its
+            run began with other rows.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        return prompts
+    rows = [row for row in prompts if isinstance(row, Mapping)]
+    if len(rows) < len(prompts):
+        return prompts
+    folder = RunFolder(recipe.run_path())
+    if folder.storage.local_path is None:
+        raise ValueError(
+            f"prompts= has rows, and the run's folder {folder.location} is no folder of this machine: write them to a "
+            "file that all machines see, and give prompts.path"
+        )
+    place = folder.storage.local_path.absolute() / GIVEN_PROMPTS
+    place.mkdir(parents=True, exist_ok=True)
+    lines = [_stored_row(f"prompts= has row {number}", row, place) for number, row in enumerate(rows, 1)]
+    file, text = place / "prompts.jsonl", "".join(f"{line}\n" for line in lines)
+    if folder.storage.exists(folder.recipe) and file.is_file() and file.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"prompts= has other rows than the run in {folder.location} began with: pass the same, or give the recipe "
+            "another name"
+        )
+    file.write_text(text, encoding="utf-8")
+    columns = {f"{name}_column": name for name in (IMAGE, MASK) if any(name in row for row in rows)}
+    return PromptFile(path=str(file), column="prompt", **columns)
+
+
+def _stored_row(where: str, row: Mapping[str, Any], place: Path) -> str:
+    """Return a row as JSON, with the paths of its images. Images that are no paths are saved, named by their content."""
+    if not isinstance(row.get("prompt"), str):
+        raise ValueError(f"{where} without a text called 'prompt': it has {sorted(row)}")
+    stored = dict(row)
+    for name in (IMAGE, MASK):
+        value = row.get(name)
+        if isinstance(value, str | Path):
+            stored[name] = str(Path(value).expanduser().absolute())
+        elif name in row:
+            stored[name] = _saved_image(f"{where}, {name}", value, place)
+    try:
+        return json.dumps(stored, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}, whose metadata is not what JSON holds: {error}") from None
+
+
+def _saved_image(where: str, value: Any, place: Path) -> str:
+    """Save a PIL image or an array as PNG, and return the file's name."""
+    if isinstance(value, np.ndarray):
+        pixels = value.astype(np.uint8) * 255 if value.dtype == bool else value
+        if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,)) or pixels.ndim < 2:
+            raise ValueError(f"{where} is {value.dtype} of shape {value.shape}: give uint8 [H, W, 3], or a mask [H, W]")
+        value = Image.fromarray(pixels)
+    if not isinstance(value, Image.Image):
+        raise ValueError(f"{where} is a {type(value).__name__}: give a path, a PIL image or an array")
+    buffer = io.BytesIO()
+    value.save(buffer, "PNG")
+    name = f"{hashlib.sha256(buffer.getvalue()).hexdigest()[:32]}.png"
+    (place / name).write_bytes(buffer.getvalue())
+    return name
 
 
 def _weights(folder: Path) -> dict[str, str]:

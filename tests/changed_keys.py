@@ -129,7 +129,7 @@ def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) ->
         seen.append(values["latents"])
         return values
 
-    images = pipeline(PROMPTS, callback_on_step_end=watch, **keys).images
+    images = pipeline(prompt=PROMPTS, callback_on_step_end=watch, **keys).images
     return Sampled(seen[-1], np.stack([np.asarray(image) for image in images]).astype(int))
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
-from tests.tiny_pipeline import save_tiny_pipeline, tiny_tokenizer
+from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 QWEN_IMAGE_TEMPLATE = (
@@ -108,9 +109,10 @@ def save_tiny_sd3(folder: Path, seed: int = 0, **scheduler: object) -> Path:
     return folder
 
 
-def save_tiny_flux(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+def save_tiny_flux(folder: Path, seed: int = 0, pipeline: str = "FluxPipeline", **scheduler: object) -> Path:
     """Write the pipeline. `scheduler` changes its configuration, which shifts noise levels with the image's size."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    import diffusers
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
@@ -126,7 +128,7 @@ def save_tiny_flux(folder: Path, seed: int = 0, **scheduler: object) -> Path:
         axes_dims_rope=(4, 6, 6),
     )
     keys: Any = {"shift": 3.0, "use_dynamic_shifting": True, **scheduler}
-    FluxPipeline(
+    getattr(diffusers, pipeline)(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**keys),
         vae=AutoencoderKL(**FLOW_AUTOENCODER),
@@ -136,6 +138,11 @@ def save_tiny_flux(folder: Path, seed: int = 0, **scheduler: object) -> Path:
         tokenizer_2=tiny_t5_tokenizer(),
     ).save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def save_tiny_flux_kontext(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write the pipeline, whose parts are those of FLUX.1."""
+    return save_tiny_flux(folder, seed, "FluxKontextPipeline", **scheduler)
 
 
 def save_tiny_qwen_image(folder: Path, seed: int = 0, **scheduler: object) -> Path:
@@ -276,9 +283,11 @@ def _t5(width: int) -> Any:
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "stable_diffusion": save_tiny_pipeline,
+    "sd_inpainting": save_tiny_inpainting,
     "sdxl": save_tiny_sdxl,
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
+    "flux_kontext": save_tiny_flux_kontext,
     "qwen_image": save_tiny_qwen_image,
 }
 FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has them
@@ -294,11 +303,19 @@ PROMPTS = {
 KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model needs
     "sd3": {"max_sequence_length": 12},
     "flux": {"max_sequence_length": 12, "resolution": 16},
+    "flux_kontext": {"max_sequence_length": 12, "resolution": 16},
     "qwen_image": {"max_sequence_length": 12, "resolution": 16},
 }
 
 
-PACKED = ("flux", "qwen_image")  # families whose pipelines take and give tokens instead of latents
+SAFETY_CHECKED = ("stable_diffusion", "sd_inpainting")  # families whose pipelines ask for a safety checker
+DDIM_SAMPLED = (*SAFETY_CHECKED, "sdxl")
+PACKED = ("flux", "flux_kontext", "qwen_image")  # families whose pipelines take and give tokens instead of latents
+
+
+def kontext_keys(image: Image.Image) -> dict[str, Any]:
+    """Return the arguments with which FLUX Kontext's pipeline takes an input image as it is."""
+    return {"image": image, "max_area": image.width * image.height, "_auto_resize": False}
 
 
 def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str, Any]:
@@ -307,9 +324,14 @@ def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str,
     if name == "qwen_image":
         negatives = [" " if negative is None else negative] * 2
         return {"true_cfg_scale": scale, "negative_prompt": negatives, "max_sequence_length": 12, **size}
-    text = {"max_sequence_length": 12} if name in ("sd3", "flux") else {}
+    if name == "sd_inpainting":
+        blank = {"image": Image.new("RGB", (16, 16)), "mask_image": Image.new("L", (16, 16), 255), **size}
+        return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **blank}
+    text = {"max_sequence_length": 12} if name in ("sd3", "flux", "flux_kontext") else {}
     if name == "flux":
         return {"guidance_scale": scale, **text, **size}
+    if name == "flux_kontext":
+        return {"guidance_scale": scale, **text, **size, **kontext_keys(Image.new("RGB", (16, 16)))}
     return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **text}
 
 

@@ -6,14 +6,17 @@ from typing import Any
 import torch
 
 
-def save_tiny_pipeline(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+def save_tiny_pipeline(
+    folder: Path, seed: int = 0, pipeline: str = "StableDiffusionPipeline", in_channels: int = 4, **scheduler: object
+) -> Path:
     """Write the pipeline. `scheduler` changes its DDIM configuration."""
-    from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    import diffusers
+    from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=8,
+        in_channels=in_channels,
         block_out_channels=(16, 32),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -28,6 +31,24 @@ def save_tiny_pipeline(folder: Path, seed: int = 0, **scheduler: object) -> Path
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     )
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    config |= {"set_alpha_to_one": False, "steps_offset": 1, **scheduler}
+    getattr(diffusers, pipeline)(
+        vae=vae,
+        text_encoder=_text_encoder(),
+        tokenizer=tiny_tokenizer(),
+        unet=unet,
+        scheduler=DDIMScheduler(**config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _text_encoder() -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     text = CLIPTextConfig(
         vocab_size=520,
         hidden_size=16,
@@ -40,19 +61,12 @@ def save_tiny_pipeline(folder: Path, seed: int = 0, **scheduler: object) -> Path
         eos_token_id=1,
         pad_token_id=1,
     )
-    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-    config |= {"set_alpha_to_one": False, "steps_offset": 1, **scheduler}
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tiny_tokenizer(),
-        unet=unet,
-        scheduler=DDIMScheduler(**config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder, safe_serialization=True)
-    return folder
+    return CLIPTextModel(text)
+
+
+def save_tiny_inpainting(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write a pipeline whose UNet reads a mask and a masked image as well."""
+    return save_tiny_pipeline(folder, seed, "StableDiffusionInpaintPipeline", 9, **scheduler)
 
 
 def tiny_tokenizer(max_length: int = 8) -> Any:

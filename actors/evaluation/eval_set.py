@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ray_ddpo.common.diffusion.policy import Policy
-from ray_ddpo.common.diffusion.rollout import evaluation_window, sample_trajectories
+from ray_ddpo.common.diffusion.rollout import evaluation_window, inputs_of, sample_trajectories
 from ray_ddpo.common.prompts import Prompt, PromptSource
 from ray_ddpo.common.recipe.tables import EvaluationTable, SamplingTable
 from ray_ddpo.common.schedule import Stream, Task, image_seed
@@ -75,8 +75,9 @@ def sample_eval_images(
     """
     images = []
     for part in chosen.parts:
-        texts = [prompt.text for prompt in chosen.prompts[part]]
-        trajectory = sample_trajectories(policy, texts, list(chosen.seeds[part]), sampling, evaluation_window(sampling))
+        texts, seeds = [prompt.text for prompt in chosen.prompts[part]], list(chosen.seeds[part])
+        window, inputs = evaluation_window(sampling), inputs_of(policy, chosen.prompts[part])
+        trajectory = sample_trajectories(policy, texts, seeds, sampling, window, inputs=inputs)
         images.append(decoded(policy, trajectory, texts))
         on_sampled(part.start + len(texts))
     return np.concatenate(images)

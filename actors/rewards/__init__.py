@@ -21,6 +21,7 @@ REWARDS: Registry = {
     "vlm_alignment": "ray_ddpo.actors.rewards.vlm_alignment:VlmAlignment",
     "vlm_judge": "ray_ddpo.actors.rewards.vlm_judge:VlmJudge",
     "unified_reward": "ray_ddpo.actors.rewards.unified_reward:UnifiedReward",
+    "edit_preservation": "ray_ddpo.actors.rewards.edit_preservation:EditPreservation",
     "ocr": "ray_ddpo.actors.rewards.ocr:Ocr",
     "geneval": "ray_ddpo.actors.rewards.geneval:GenEval",
     "preference": "ray_ddpo.actors.rewards.preference:Preference",

@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, RewardMistake
+from ray_ddpo.common.input_images import read_inputs
 
 SIGNATURE = "(images, prompts, metadata)"
 SCALARS = (int, float, np.number)
 REAL = "iuf"  # numpy's kinds of real numbers; not booleans, which are a judgement and no score
 
 
-def under_contract(reward: Any, who: str) -> LoadedReward:
+def under_contract(reward: Any, who: str, with_inputs: bool = False) -> LoadedReward:
     """Wrap a loaded reward or a user's function so that both sides of the contract hold.
 
     The reward gets read-only copies of images, and copies of prompts and metadata, so that no reward sees another one's
@@ -25,22 +26,36 @@ def under_contract(reward: Any, who: str) -> LoadedReward:
     Args:
         reward: called as `reward(images, prompts, metadata)`.
         who: the reward's name in error messages.
+        with_inputs: call the reward with `inputs` too: the prompts' input images, at the images' size.
 
     Raises:
-        RewardMistake: `reward` has another signature. The wrapped reward raises it too, if a result is wrong.
+        RewardMistake: `reward` has another signature. The wrapped reward raises it too, if a result is wrong, and
+            ValueError, if an input image cannot be read.
     """
     check_signature(reward, who)
 
     def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
         given = images.copy()
         given.flags.writeable = False
-        return scores_of(reward(given, list(prompts), copy.deepcopy(metadata)), len(prompts), who)
+        inputs = {"inputs": read_inputs(metadata, images.shape[1:3])} if with_inputs else {}
+        return scores_of(reward(given, list(prompts), copy.deepcopy(metadata), **inputs), len(prompts), who)
 
     return score
 
 
+def asks_for_inputs(function: Any) -> bool:
+    """Return whether a user's function has a parameter `inputs`, for the prompts' input images."""
+    try:
+        return "inputs" in inspect.signature(function).parameters
+    except (ValueError, TypeError):  # some functions written in C have no signature
+        return False
+
+
 def check_signature(reward: Any, who: str) -> None:
-    """Raise RewardMistake if `reward` cannot be called with images, prompts and metadata, as far as can be known."""
+    """Raise RewardMistake if `reward` cannot be called with images, prompts and metadata, as far as can be known.
+
+    A function that has a parameter `inputs` must take it by name.
+    """
     if isinstance(reward, type):
         raise RewardMistake(
             f"{who} is the class {reward.__name__}: it must be a function {SIGNATURE} that returns scores"
@@ -60,7 +75,7 @@ def check_signature(reward: Any, who: str) -> None:
     except (ValueError, TypeError):  # some functions written in C have no signature: the first call shows
         return
     try:
-        signature.bind(None, None, None)
+        signature.bind(None, None, None, **({"inputs": None} if asks_for_inputs(reward) else {}))
     except TypeError as error:
         raise RewardMistake(
             f"{who} has the signature {signature}: it is called with three arguments by position, {SIGNATURE}; {error}"

@@ -1,14 +1,15 @@
 """A function of the user's as a reward: any `module:function` that can be imported, or a Python object."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from pydantic import Field, PrivateAttr
 
-from ray_ddpo.actors.rewards.contract import check_signature, under_contract
+from ray_ddpo.actors.rewards.contract import asks_for_inputs, check_signature, under_contract
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
 from ray_ddpo.common.differentiable_reward import DifferentiableReward
+from ray_ddpo.common.prompts import Prompt, refuse_without_inputs
 from ray_ddpo.common.recipe.registry import import_object
 from ray_ddpo.common.user_code.by_value import is_by_value, reference, source_of
 
@@ -16,6 +17,7 @@ from ray_ddpo.common.user_code.by_value import is_by_value, reference, source_of
 class FunctionReward(Reward):
     """Function of your own, called with (images uint8 [B, H, W, 3], prompts, metadata); it returns scores [B].
 
+    If it has a parameter `inputs`, it gets the prompts' input images, at the images' size.
     A function that no module holds, such as a lambda, is handed over by `FunctionReward.of` and travels by value.
     """
 
@@ -47,6 +49,24 @@ class FunctionReward(Reward):
     def independent_of_batch(self) -> bool:
         return self.independent
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        try:
+            function = self._function()
+        except ValueError:  # loading reports it
+            return
+        if asks_for_inputs(function):
+            refuse_without_inputs(prompts, self.users_code)
+
+    def _function(self) -> Callable[..., Any]:
+        """Return the function. Raise ValueError if it was handed over to an earlier process only."""
+        if self._given is None and is_by_value(self.path):
+            raise ValueError(
+                f"reward.path is {self.path!r}: this function was handed to train() by a Python program, and no file holds it: "
+                "hand it over again with Run(folder).report(reward=…) or train(…, reward=…, resume=True), or name one of a "
+                'module with --reward \'{ name = "function", path = "module:function" }\''
+            )
+        return self._given or import_object(self.path, "reward.path")
+
     def load(self, device: str) -> LoadedReward:
         """Import the function, if it was not handed over.
 
@@ -54,14 +74,9 @@ class FunctionReward(Reward):
             RewardMistake: the function cannot be called as a reward is (`actors/rewards/contract.py`).
             ValueError: there is no such function, or it was handed over to an earlier process only.
         """
-        if self._given is None and is_by_value(self.path):
-            raise ValueError(
-                f"reward.path is {self.path!r}: this function was handed to train() by a Python program, and no file holds it: "
-                "hand it over again with Run(folder).report(reward=…) or train(…, reward=…, resume=True), or name one of a "
-                'module with --reward \'{ name = "function", path = "module:function" }\''
-            )
-        function = self._given or import_object(self.path, "reward.path")
-        return under_contract(_on_arrays(function, device) if self.differentiable else function, self.users_code)
+        function = self._function()
+        called = _on_arrays(function, device) if self.differentiable else function
+        return under_contract(called, self.users_code, not self.differentiable and asks_for_inputs(function))
 
     @property
     def users_code(self) -> str:

@@ -17,6 +17,10 @@ from ray_ddpo.actors.rewards.judging.judge import JudgeReward, Question
 from ray_ddpo.common.recipe.bounds import Table
 
 DEFAULT_QUESTION = 'Does this image show "{prompt}"? Answer yes or no.'
+EDIT_QUESTION = (
+    'The second image was made from the first one by the instruction "{prompt}". Does the second image follow the '
+    "instruction, and keep what it does not ask to change? Answer yes or no."
+)
 
 
 class JudgeQuestion(Table):
@@ -77,12 +81,19 @@ class VlmJudge(JudgeReward):
 
     questions: tuple[JudgeQuestion, ...] = ()
     """Questions about each image. The score is their weighted mean. By default one: does the image show the prompt?"""
+    show_input: bool = False
+    """Show the prompt's input image before the image. The default question is then whether the edit follows the prompt."""
+
+    @property
+    def shows_input(self) -> bool:
+        return self.show_input
 
     @property
     def score_range(self) -> tuple[float, float]:
         return 0.0, 1.0
 
     def asked(self) -> list[Question]:
+        default = JudgeQuestion(text=EDIT_QUESTION) if self.show_input else JudgeQuestion()
         return [
             Question(
                 template=question.text,
@@ -91,5 +102,5 @@ class VlmJudge(JudgeReward):
                 max_tokens=1 if question.uses_log_probs else question.max_tokens,
                 log_probs=question.uses_log_probs,
             )
-            for question in self.questions or (JudgeQuestion(),)
+            for question in self.questions or (default,)
         ]

@@ -4,8 +4,10 @@ from ray_ddpo.common.recipe.registry import Registry
 
 POLICIES: Registry = {
     "stable_diffusion": "ray_ddpo.common.diffusion.families.stable_diffusion:StableDiffusion",
+    "sd_inpainting": "ray_ddpo.common.diffusion.families.stable_diffusion:StableDiffusionInpainting",
     "sdxl": "ray_ddpo.common.diffusion.families.sdxl:SDXL",
     "sd3": "ray_ddpo.common.diffusion.families.sd3:SD3",
     "flux": "ray_ddpo.common.diffusion.families.flux:Flux",
+    "flux_kontext": "ray_ddpo.common.diffusion.families.flux:FluxKontext",
     "qwen_image": "ray_ddpo.common.diffusion.families.qwen_image:QwenImage",
 }

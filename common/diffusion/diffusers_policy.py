@@ -54,6 +54,7 @@ class DiffusersPolicy(Policy):
         network: Any = getattr(pipeline, config.network_name)
         self.network: Any = (network if has_unread() else network.to(**placed)).eval()
         self.pipeline = pipeline
+        self.reads_inputs = config.reads_inputs
         self.vae: Any = pipeline.vae
         self.text_encoders: list[Any] = [getattr(pipeline, part, None) for part in config.text_parts]
         idle_device = "cpu" if config.offload else device

@@ -7,6 +7,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 BOTH = "negative_and_"  # prefix of rows of both branches, the unconditional one first
+INPUT = "input_"  # prefix of rows of input images
 Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]  # (latents, timesteps, rows of conditioning) → output
 Combine = Callable[[Tensor, Tensor, float], Tensor]  # (unconditional, conditional, guidance scale) → guided output
 
@@ -40,12 +41,20 @@ def guided(
 
 
 def join_branches(conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return each tensor's rows of both branches, named `negative_and_…`. Rows that are joined already are not joined again."""
+    """Return each tensor's rows of both branches, named `negative_and_…`. Rows that are joined already are not joined again.
+
+    Both branches see the same input images, named `input_…`, unless the family has negative rows of them.
+    """
     joined = {name: value for name, value in conditioning.items() if name.startswith(BOTH)}
     if joined:
         return joined
+
+    def negative(name: str, value: Tensor) -> Tensor:
+        own = f"negative_{name}"
+        return value if name.startswith(INPUT) and own not in conditioning else conditioning[own]
+
     rows = _positive(conditioning).items()
-    return {f"{BOTH}{name}": torch.cat([conditioning[f"negative_{name}"], value]) for name, value in rows}
+    return {f"{BOTH}{name}": torch.cat([negative(name, value), value]) for name, value in rows}
 
 
 def _positive(conditioning: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ class OptionalMethods:
 
     # False: `denoise` predicts for the prompt alone. A family that honours it has `denoises_unguided = True`.
     guides_denoising: bool = True
+    # Input images that `encode` reads beside a prompt, as its second argument: ("image",) or ("image", "mask").
+    reads_inputs: tuple[str, ...] = ()
 
     def decode_pixels(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 H2 W2"]:
         """Return the images of final latents with gradients, in float32 from 0 to 1. `decode` rounds the same numbers.

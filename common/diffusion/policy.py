@@ -20,6 +20,7 @@ from ray_ddpo.common.diffusion.optional_methods import OptionalMethods
 from ray_ddpo.common.diffusion.prompt_lengths import TextReader
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, step_sizes
 from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.input_images import InputImages
 from ray_ddpo.common.model_files.model_hub import Weights, file_of
 from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.registry import Component
@@ -90,8 +91,11 @@ class Policy(OptionalMethods, ABC):
         """Return the steps whose standard deviation is above 0. Only these are actions."""
 
     @abstractmethod
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """Return tensors with one row per prompt. Those named `negative_…` have one row for all prompts."""
+    def encode(self, prompts: list[str], inputs: InputImages | None = None) -> Conditioning:
+        """Return tensors with one row per prompt. Those named `negative_…` have one row for all prompts.
+
+        Only a family that `reads_inputs` gets `inputs`, a row per prompt. Without, it takes black ones, to be tried.
+        """
 
     def initial_latents(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Return the latents where a trajectory starts. In most families this is the standard normal `noise` itself."""
@@ -205,6 +209,7 @@ class PolicyConfig(Component, ABC):
     # Whether the policy has `denoising_steps` and `predict`, for a step cache, other solvers and other numbers of steps.
     takes_other_steps: ClassVar[bool] = False
     takes_images: ClassVar[bool] = False  # whether the policy has `encode_images`
+    reads_inputs: ClassVar[tuple[str, ...]] = ()  # as the policy's
     denoises_unguided: ClassVar[bool] = False  # whether the policy's `denoise` honours `guides_denoising`
     takes_sde: ClassVar[bool] = False  # whether its schedule is a flow that takes `sampling.sde`
     takes_sampler_storage: ClassVar[bool] = False  # whether a sampler's policy honours the key `sampler_storage`

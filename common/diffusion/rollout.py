@@ -1,6 +1,6 @@
 """Sample trajectories, and re-compute their log-probs under newer weights. Both run the same code."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,8 @@ from torch import Tensor
 from ray_ddpo.common.diffusion.deterministic_steps import SampledSteps, Step
 from ray_ddpo.common.diffusion.path_kl import PathKL
 from ray_ddpo.common.diffusion.policy import Conditioning, Policy, select_rows
+from ray_ddpo.common.input_images import InputImages, read_inputs
+from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.runtime import to_device
 from ray_ddpo.common.trajectory import DTYPES, Trajectory, adjacent_latents
@@ -78,15 +80,16 @@ def sample_trajectories(
     window: range | None = None,
     prefix: SharedPrefix | None = None,
     path_kl: PathKL | None = None,
+    inputs: InputImages | None = None,
 ) -> Trajectory:
-    """Sample one trajectory per prompt and seed, with its log-probs.
+    """Sample one trajectory per prompt and seed, with its log-probs. `inputs` has one row per prompt.
 
     Latents are rounded to `latents_dtype` after each step. The steps of `window` are stochastic and trained on.
     If it is None, all steps are stochastic, and the recipe chooses the trained ones. With a `prefix`, the images of a
     group share their latents up to the window, and an image's seed gives the noise of the window alone.
     """
     latents_dtype = DTYPES[sampling.latents_dtype]
-    conditioning, prompt_index, selected = encoded_prompts(policy, prompts)
+    conditioning, prompt_index, selected = encoded_prompts(policy, prompts, inputs)
     rows = policy.rows_of_task(selected)
     # Generated lazily: the CPU makes a step's noise while the GPU still computes the step before.
     generated = image_noise(seeds, policy.latent_shape)
@@ -118,11 +121,26 @@ def sample_trajectories(
     return Trajectory(conditioning, prompt_index, *fields, all_latents[:, -1], *starts)
 
 
-def encoded_prompts(policy: Policy, prompts: list[str]) -> tuple[Conditioning, Int[Tensor, "B"], Conditioning]:
+def inputs_of(policy: Policy, prompts: Sequence[Prompt]) -> InputImages | None:
+    """Read the prompts' input images, if the policy reads any. Raise ValueError if a prompt has none."""
+    if not policy.reads_inputs:
+        return None
+    size = policy.image_size()
+    assert size is not None, "a family that reads input images knows the size of its own"
+    return read_inputs([prompt.metadata for prompt in prompts], size)
+
+
+def encoded_prompts(
+    policy: Policy, prompts: list[str], inputs: InputImages | None = None
+) -> tuple[Conditioning, Int[Tensor, "B"], Conditioning]:
     """Return the conditioning of the distinct prompts, each image's prompt among them, and one row per image."""
-    distinct = list(dict.fromkeys(prompts))
-    prompt_index = torch.tensor([distinct.index(prompt) for prompt in prompts])
-    conditioning = policy.encode(distinct)
+    contents = [""] * len(prompts) if inputs is None else inputs.contents
+    keys = list(zip(prompts, contents, strict=True))
+    distinct = list(dict.fromkeys(keys))
+    prompt_index = torch.tensor([distinct.index(key) for key in keys])
+    firsts = [keys.index(key) for key in distinct]
+    given = () if inputs is None else (inputs.select(firsts),)
+    conditioning = policy.encode([prompts[first] for first in firsts], *given)
     return conditioning, prompt_index, select_rows(conditioning, to_device(prompt_index, policy.device))
 
 

@@ -97,7 +97,7 @@ def reward_metrics(
 
     Weights and floors are those of each reward, by name. `possible` is the range of their weighted sum.
     """
-    prompts = [prompt.text for rollout in rollouts for prompt in rollout.report.task.prompts]
+    prompts = [prompt.key for rollout in rollouts for prompt in rollout.report.task.prompts]
     kept = np.setdiff1d(np.arange(len(prompts)), batch.dropped)
     parts = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts])[kept] for name in weights}
     rewards = sum((weight * parts[name] for name, weight in weights.items()), np.zeros(len(kept)))

@@ -36,7 +36,8 @@ BEST_KEYS = ("policy_version", "fingerprint", "best_by", "score")
 ASKED = TypeAdapter(dict[str, Annotated[StrictInt, Field(ge=1)]])
 WEIGHTS = ("lora", *TRAINED_PARTS)  # folders of trained weights, one of which a run has
 MODEL = "model"  # a pipeline that a Python program handed over
-FOLDERS = ("checkpoints", "rollouts", "logs", "best", "report", CODE, MODEL, *WEIGHTS)
+GIVEN_PROMPTS = "prompts"  # rows with images that a Python program handed over
+FOLDERS = ("checkpoints", "rollouts", "logs", "best", "report", CODE, MODEL, GIVEN_PROMPTS, *WEIGHTS)
 FILES = (RECIPE_FILE, "metrics.jsonl", "evaluations.jsonl", BASE_FILE, CONTROL, WATCHDOG, TOKEN, GUARD)
 
 

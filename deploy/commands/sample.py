@@ -1,14 +1,17 @@
 """ddpo sample: sample images with a run's weights, as PNGs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from ray_ddpo.actors.evaluation.eval_set import decoded
+from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.diffusion.prompt_lengths import print_cut_prompts
-from ray_ddpo.common.diffusion.rollout import evaluation_window, sample_trajectories
+from ray_ddpo.common.diffusion.rollout import evaluation_window, inputs_of, sample_trajectories
+from ray_ddpo.common.input_images import with_inputs
 from ray_ddpo.common.print_line import print_line
+from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.run_storage.run_folder import weights_here
 from ray_ddpo.deploy.commands.settings import differing_settings
 from ray_ddpo.deploy.commands.weights.given_base import check_given
@@ -19,7 +22,13 @@ OUTPUT = "samples"  # default folder, in the run's
 
 
 def sample(
-    weights: str, named: str | None, prompts: Sequence[str], seed: int, output: str | None, overrides: list[str]
+    weights: str,
+    named: str | None,
+    prompts: Sequence[str],
+    seed: int,
+    output: str | None,
+    overrides: list[str],
+    inputs: Mapping[str, str | None] | None = None,
 ) -> Iterator[Path]:
     """Sample one image per prompt and yield the path of each as it is written.
 
@@ -30,15 +39,17 @@ def sample(
         seed: of the first image; each further image has the next one.
         output: the folder for the images; by default `samples` in the run's folder.
         overrides: of the recipe.
+        inputs: the files `image` and `mask` that an editing family reads beside each prompt.
 
     Raises:
-        ValueError: There are no weights or there is no recipe.
+        ValueError: There are no weights or there is no recipe, or the input images are not those that the family reads.
     """
     recipe = recipe_of([weights], named, overrides)
     folder = Path(output) if output else default_output([weights], OUTPUT)
     refuse_output_file(folder)
     with weights_here(weights) as path:
         policy = load_policy(recipe, path)
+    edited = _edited(policy, prompts, {name: path for name, path in (inputs or {}).items() if path})
     components = build_components(recipe, used=SAMPLING)
     check_given([weights], named, components.policy.loaded_base("sampler"), overrides)
     for line in differing_settings([weights], components.resolved()):
@@ -48,12 +59,23 @@ def sample(
     print_cut_prompts(policy.text_readers(), prompts, sampling)
     window = evaluation_window(sampling)
     for index, prompt in enumerate(prompts):
-        trajectory = sample_trajectories(policy, [prompt], [seed + index], sampling, window)
+        of_prompt = inputs_of(policy, edited[index : index + 1])
+        trajectory = sample_trajectories(policy, [prompt], [seed + index], sampling, window, inputs=of_prompt)
         path = folder / f"{index:03d}-{_file_name(prompt)}-seed{seed + index}.png"
         if path.exists():
             print_line(f"{path} was there and is replaced")
         Image.fromarray(decoded(policy, trajectory, [prompt])[0]).save(path)
         yield path
+
+
+def _edited(policy: Policy, texts: Sequence[str], files: dict[str, str]) -> list[Prompt]:
+    """Return the prompts with their input images. Raise ValueError if the family reads others than are given."""
+    if sorted(files) != sorted(policy.reads_inputs):
+        reads = " and ".join(f"--{name}" for name in policy.reads_inputs) or "neither --image nor --mask"
+        given = " and ".join(f"--{name}" for name in files) or "none of them"
+        raise ValueError(f"{type(policy).__name__} takes {reads}, and {given} is given")
+    columns = {name: name for name in files}
+    return [Prompt(text, with_inputs(dict(files), columns, Path()) if files else {}) for text in texts]
 
 
 def _file_name(prompt: str) -> str:

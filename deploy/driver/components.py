@@ -24,6 +24,7 @@ from ray_ddpo.common.trackers import TRACKERS
 from ray_ddpo.common.trackers.tracker import Tracker
 from ray_ddpo.common.user_code.blame import call_if_own
 from ray_ddpo.deploy.driver.given_image_checks import check_given_images
+from ray_ddpo.deploy.driver.input_image_checks import check_input_images
 from ray_ddpo.deploy.driver.reward_gradients import check_reward_gradients
 from ray_ddpo.deploy.driver.sampling_checks import (
     check_held_out_steps,
@@ -135,7 +136,8 @@ def build_components(recipe: Recipe, given: Given = NOTHING_GIVEN, used: Collect
     call_if_own(components.policy, POLICIES, "check")
     components.policy.lora_files()
     check_held_out_steps(recipe, components.policy)
-    if not components.prompts.gives_images:  # a preference file is read where a run starts: a plan needs none
+    # Files of images are read where a run starts: a plan needs none.
+    if not components.prompts.gives_images and not components.prompts.input_columns:
         call_if_own(components.prompts, PROMPTS, "load")
     if components.algorithm.restarts_per_image is not None and "learner" in used:
         components = replace(components, algorithm=with_reward_gradients(components))
@@ -194,6 +196,7 @@ def components_of(recipe: Recipe, given: Given = NOTHING_GIVEN, trains: bool = T
         check_reward_gradients(recipe, algorithm, rewards)
     prompts: PromptSource = given.prompts or build(PROMPTS, recipe.prompts.table(), "prompts", PromptSource)
     check_given_images(recipe, policy, prompts, algorithm, rewards)
+    check_input_images(recipe, policy, prompts)
     return Components(
         recipe,
         policy,

@@ -45,7 +45,7 @@ def round_media(
         images: the images to show, by their number in the round.
         log_ratios: for a histogram.
     """
-    prompts = [prompt.text for rollout in rollouts for prompt in rollout.report.task.prompts]
+    prompts = [prompt.key for rollout in rollouts for prompt in rollout.report.task.prompts]
     scores = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts]) for name in weights}
     parts = [weight * scores[name].astype(np.float64) for name, weight in weights.items()]
     reward = np.sum(parts, axis=0)

@@ -138,6 +138,8 @@ def prompts_base(components: Components) -> Base:
     """Fingerprint the prompts: their file, the user's module, or the list itself."""
     source = components.prompts
     found = entry_base(source, "prompts", source.needs())
+    if contents := source.input_contents():
+        found["prompts.image_column"] = text_part("\n".join(contents), f"{len(contents)} input images")
     listed = source.listed()
     if not found and listed is not None:
         told = json.dumps([listed, source.held_out()])

@@ -15,6 +15,7 @@ from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.diffusion.prompt_lengths import print_cut_prompts
+from ray_ddpo.common.input_images import without_places
 from ray_ddpo.common.metrics.group_statistics import RewardRange, saturation
 from ray_ddpo.common.metrics.statistics import paired_change
 from ray_ddpo.common.print_line import print_line
@@ -114,7 +115,7 @@ def eval_identity(recipe: Recipe, chosen: EvalSet) -> str:
     if table.own_sampling:
         sampled.append(table.own_sampling)
     if any(prompt.metadata for prompt in chosen.prompts):
-        sampled.append([prompt.metadata for prompt in chosen.prompts])
+        sampled.append([without_places(prompt.metadata) for prompt in chosen.prompts])
     return hashlib.sha256(json.dumps([sampled, scorers], sort_keys=True).encode()).hexdigest()[:16]
 
 

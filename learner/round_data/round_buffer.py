@@ -58,7 +58,7 @@ class RoundBuffer:
         assert [task.index for task in tasks] == list(in_order), "a round is trained on in task order"
         assert part < self._parts, "a round has no more parts than the recipe says"
         assert len({task.round for task in tasks}) == 1, "a round's tasks are of one round"
-        prompts = [prompt.text for task in tasks for prompt in task.prompts]
+        prompts = [prompt.key for task in tasks for prompt in task.prompts]
         kept = self._kept(tasks[0].round, part, rollouts)
         history = self.statistics.get(GATE, {})
         trained = self._refill.trained_images(rollouts) if self._refill else np.ones(len(kept), bool)

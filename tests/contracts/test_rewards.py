@@ -15,8 +15,10 @@ from ray_ddpo.actors.rewards.function import FunctionReward
 from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
 from ray_ddpo.actors.rewards.reward import LoadedReward
 from ray_ddpo.common.differentiable_reward import weighted_sum
+from ray_ddpo.common.prompts import File
 from ray_ddpo.common.recipe.registry import build
 from tests.chat_services import MODEL, chat_service
+from tests.input_files import save_inputs
 from tests.reward_services import serving
 from tests.tiny_blip import save_tiny_bert_tokenizer, save_tiny_image_reward
 from tests.tiny_clip import save_tiny_clip, save_tiny_head, save_tiny_open_clip
@@ -94,7 +96,10 @@ def prompts(table: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture
-def metadata(table: dict[str, Any]) -> list[dict[str, Any]]:
+def metadata(table: dict[str, Any], tmp_path: Path) -> list[dict[str, Any]]:
+    if table["name"] == "edit_preservation":
+        rows = File(path=str(save_inputs(tmp_path, ["cat"] * 4, (64, 64))), image_column="image", mask_column="mask")
+        return [prompt.metadata for prompt in rows.sampled()[:1] * 4]
     return SCORABLE[table["name"]][1] if table["name"] in SCORABLE else METADATA
 
 

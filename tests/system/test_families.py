@@ -13,10 +13,14 @@ from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import component_class
 from ray_ddpo.train import run_training
+from tests.input_files import input_table, save_inputs
 from tests.system.conftest import final_fingerprint
 from tests.tiny_families import MAKERS, policy_table
 
-ON_RAY = [pytest.param(name, marks=pytest.mark.system if name == "sd3" else pytest.mark.thorough) for name in POLICIES]
+ON_RAY = [
+    pytest.param(name, marks=pytest.mark.system if name in ("sd3", "flux_kontext") else pytest.mark.thorough)
+    for name in POLICIES
+]
 
 
 def thorough_but(*names: str) -> list[Any]:
@@ -31,6 +35,10 @@ def recipe_of(tables: dict, folder: Path, family: str, **changes: Any) -> Recipe
     sampling = {**tables["sampling"], "eta": 0.7}
     learner = {**tables["learner"], "micro_batch_size": 4}  # a flow has one step with noise less
     small = {**tables, "policy": policy_table(family, model), "sampling": sampling, "learner": learner}
+    config: Any = component_class(POLICIES, family, "policy")
+    if config.reads_inputs:
+        small |= {"prompts": input_table(save_inputs(folder / "inputs"), mask=True)}
+        small |= {"reward": {"name": "edit_preservation"}}
     return Recipe.parse({**small, **changes})
 
 

@@ -92,16 +92,17 @@ def chat_body(
 
 
 def ask_about(
-    client: ServiceClient, body: dict[str, Any], image: UInt8[np.ndarray, "H W 3"]
+    client: ServiceClient, body: dict[str, Any], *images: UInt8[np.ndarray, "H W 3"]
 ) -> tuple[ChatAnswer, TokenUsage]:
-    """Send a request with its image before the question, and return the answer with its cost in tokens.
+    """Send a request with its images before the question, and return the answer with its cost in tokens.
 
     Raises:
         RewardServiceFailed: no answer came.
     """
     *before, question = body["messages"]
-    shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{to_png(image)}"}}
-    messages = [*before, {**question, "content": [shown, *question["content"]]}]
+    urls = [f"data:image/png;base64,{to_png(image)}" for image in images]
+    shown = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    messages = [*before, {**question, "content": [*shown, *question["content"]]}]
     reply = client.ask(CHAT_PATH, ChatReply, json.dumps({**body, "messages": messages}).encode())
     usage = reply.usage or TokenUsage()
     if not reply.choices:

@@ -7,7 +7,7 @@ import re
 import threading
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,15 @@ from ray_ddpo.actors.rewards.judging.answers import ChatAnswer, UnreadableAnswer
 from ray_ddpo.actors.rewards.judging.chat import MODELS_PATH, ModelList, TokenUsage, ask_about, chat_body
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
 from ray_ddpo.actors.rewards.service_client import RewardServiceFailed, ServiceClient, refuse_secrets
+from ray_ddpo.common.input_images import read_inputs
+from ray_ddpo.common.prompts import Prompt, refuse_without_inputs
 from ray_ddpo.common.reward_protocol import read_token
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")  # not the braces of a JSON object
 MILLION = 1_000_000
 SHOWN_QUESTION = 80  # characters in an error
 Metadata = dict[str, Any]
+Shown = tuple[UInt8[np.ndarray, "H W 3"], ...]  # the image that is judged, after its input image if that is shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,15 @@ class JudgeReward(Reward):
             raise ValueError("dollars_per_million_input and dollars_per_million_output must be given together")
         return self
 
+    @property
+    def shows_input(self) -> bool:
+        """True if a prompt's input image is shown before the image that was made of it."""
+        return False
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        if self.shows_input:
+            refuse_without_inputs(prompts, "the reward's show_input")
+
     @abstractmethod
     def asked(self) -> list[Question]:
         """Return the questions about each image. The score is the weighted mean of their answers."""
@@ -141,8 +153,12 @@ class Judge:
             [fill(question.template, prompt, about) for question in self._questions]
             for prompt, about in zip(prompts, metadata, strict=True)
         ]
+        shown: list[Shown] = [(image,) for image in images]
+        if self._settings.shows_input:
+            inputs = read_inputs(metadata, images.shape[1:3])
+            shown = list(zip(inputs.pixels, images, strict=True))
         with ThreadPoolExecutor(min(self._settings.requests_at_once, len(images))) as pool:
-            scores = list(pool.map(self._score, images, filled))
+            scores = list(pool.map(self._score, shown, filled))
         return np.array(scores, dtype=np.float32)
 
     def take_usage(self) -> dict[str, float]:
@@ -156,19 +172,19 @@ class Judge:
             usage["dollars"] = (usage["input_tokens"] * prices[0] + usage["output_tokens"] * prices[1]) / MILLION
         return usage
 
-    def _score(self, image: UInt8[np.ndarray, "H W 3"], texts: list[str]) -> float:
+    def _score(self, shown: Shown, texts: list[str]) -> float:
         """Return the weighted mean of the answers about one image."""
         pairs = list(zip(self._questions, texts, strict=True))
-        total = sum(question.weight * self._read(image, question, text) for question, text in pairs)
+        total = sum(question.weight * self._read(shown, question, text) for question, text in pairs)
         return total / sum(question.weight for question, _ in pairs)
 
-    def _read(self, image: UInt8[np.ndarray, "H W 3"], question: Question, text: str) -> float:
+    def _read(self, shown: Shown, question: Question, text: str) -> float:
         """Return the score of one answer, from the cache or from the service."""
         settings = self._settings
         body = chat_body(
             settings.model, settings.system, text, question.max_tokens, question.log_probs, settings.extra_body
         )
-        key = _cache_key(image, settings.url, body)
+        key = _cache_key(shown, settings.url, body)
         if (known := self._unreadable.get(key)) is not None:
             raise RewardServiceFailed(known)
         if self._cache and (remembered := self._cache.get(key)):
@@ -179,13 +195,13 @@ class Judge:
             else:
                 self._count("cached_answers")
                 return score
-        return self._ask(image, question, text, body, key)
+        return self._ask(shown, question, text, body, key)
 
-    def _ask(self, image: UInt8[np.ndarray, "H W 3"], question: Question, text: str, body: Metadata, key: str) -> float:
+    def _ask(self, shown: Shown, question: Question, text: str, body: Metadata, key: str) -> float:
         """Ask until an answer can be read. Raise RewardServiceFailed if none can be."""
         fault = ""
         for _ in range(self._settings.attempts):
-            answer, usage = ask_about(self._client, body, image)
+            answer, usage = ask_about(self._client, body, *shown)
             self._count("requests", usage)
             try:
                 if answer.cut_off and not question.log_probs:
@@ -230,7 +246,8 @@ def fill(template: str, prompt: str, metadata: Metadata) -> str:
     return PLACEHOLDER.sub(value, template)
 
 
-def _cache_key(image: UInt8[np.ndarray, "H W 3"], url: str, body: Metadata) -> str:
-    """Hash an image with everything else that an answer depends on."""
-    beside = json.dumps([image.shape, url, body], sort_keys=True)
-    return hashlib.sha256(np.ascontiguousarray(image).tobytes() + beside.encode()).hexdigest()
+def _cache_key(shown: Shown, url: str, body: Metadata) -> str:
+    """Hash the images with everything else that an answer depends on."""
+    pixels = b"".join(np.ascontiguousarray(image).tobytes() for image in shown)
+    beside = json.dumps([*(image.shape for image in shown), url, body], sort_keys=True)
+    return hashlib.sha256(pixels + beside.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""FLUX.1 (Black Forest Labs 2024): a guidance-distilled transformer over packed latents, with flow matching."""
+"""FLUX.1 and FLUX.1 Kontext (Black Forest Labs 2024, 2025): a guidance-distilled transformer over packed latents."""
 
 import functools
 from typing import Any, ClassVar
@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.editing_policy import EditingPolicy
 from ray_ddpo.common.diffusion.families.packing import PATCH, packed, unpacked
 from ray_ddpo.common.diffusion.families.published_parts import BOTH_STREAMS, CLIP_L, FLOW_AUTOENCODER, T5_XXL
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
@@ -40,12 +41,12 @@ DEV: Configs = {
 }
 
 
-def token_places(height: int, width: int, like: Tensor) -> Float[Tensor, "L 3"]:
-    """Return (0, row, column) of each token, created on the device."""
+def token_places(height: int, width: int, like: Tensor, image: int = 0) -> Float[Tensor, "L 3"]:
+    """Return (image, row, column) of each token, created on the device. The image that is made is number 0."""
     rows = torch.arange(height // PATCH, device=like.device, dtype=like.dtype)
     columns = torch.arange(width // PATCH, device=like.device, dtype=like.dtype)
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
-    return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1)
+    return torch.cat([torch.full_like(grid[:, :1], image), grid], dim=1)
 
 
 def call_transformer(
@@ -55,23 +56,29 @@ def call_transformer(
     timesteps: Tensor,
     prompt_embeds: Tensor,
     pooled_prompt_embeds: Tensor,
+    input_latents: Tensor | None = None,
 ) -> Tensor:
-    """Return the transformer's velocity prediction per row. The guidance scale is an input of the network."""
+    """Return the transformer's velocity prediction per row. The guidance scale is an input of the network.
+
+    Tokens of an input image stand behind those of the latents, and what the network says of them is ignored.
+    """
     height, width = latents.shape[-2:]
-    guidance = None
+    images = [latents] if input_latents is None else [latents, input_latents]
+    guidance, hidden_states = None, torch.cat([packed(image) for image in images], dim=1)
+    places = [token_places(height, width, prompt_embeds, number) for number in range(len(images))]
     if network.config.guidance_embeds:
         guidance = torch.full((len(latents),), guidance_scale, device=latents.device, dtype=torch.float32)
     tokens = network(
-        hidden_states=packed(latents),
+        hidden_states=hidden_states,
         timestep=timesteps.to(latents.dtype) / 1000,
         guidance=guidance,
         pooled_projections=pooled_prompt_embeds,
         encoder_hidden_states=prompt_embeds,
         txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device, dtype=prompt_embeds.dtype),
-        img_ids=token_places(height, width, prompt_embeds),
+        img_ids=torch.cat(places),
         return_dict=False,
     )[0]
-    return unpacked(tokens, height, width)
+    return unpacked(tokens[:, : hidden_states.shape[1] // len(images)], height, width)
 
 
 class FluxPolicy(DiffusersPolicy):
@@ -92,21 +99,22 @@ class FluxPolicy(DiffusersPolicy):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-class Flux(DiffusersConfig):
-    """FLUX.1. Guidance is distilled, so that it needs no second forward pass."""
+class FluxKontextPolicy(EditingPolicy, FluxPolicy):
+    """A loaded FluxKontextPipeline. The input image's tokens are a second image beside the latents."""
+
+    def _encode_input(self, pixels: Float[Tensor, "1 3 H2 W2"], mask: Float[Tensor, "1 1 H2 W2"]) -> Conditioning:
+        return {"input_latents": self._latents_of(pixels)}
+
+
+class FluxFamily(DiffusersConfig):
+    """Keys and sizes that text-to-image and editing models of FLUX.1 share."""
 
     takes_sde: ClassVar[bool] = True
-    policy_class: ClassVar[type[DiffusersPolicy]] = FluxPolicy
-    pipeline_class: ClassVar[str] = "FluxPipeline"
     takes_negative_prompt: ClassVar[bool] = False  # the guidance scale is an input of the network
     network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[str] = "FluxTransformer2DModel"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
     latent_packing: ClassVar[int] = PATCH**2
-    published: ClassVar[dict[str, Configs]] = {
-        "black-forest-labs/FLUX.1-dev": DEV,
-        "black-forest-labs/FLUX.1-schnell": {**DEV, "transformer": DEV["transformer"] | {"guidance_embeds": False}},
-    }
 
     lora: LoraSettings = BOTH_STREAMS  # Flow-GRPO's adapter for FLUX is larger and stands in the recipe
     """LoRA adapters that are trained. By default rank 32 on the attention of both streams."""
@@ -141,3 +149,26 @@ class Flux(DiffusersConfig):
 
     def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         return shapes
+
+
+class Flux(FluxFamily):
+    """FLUX.1. Guidance is distilled, so that it needs no second forward pass."""
+
+    policy_class: ClassVar[type[DiffusersPolicy]] = FluxPolicy
+    pipeline_class: ClassVar[str] = "FluxPipeline"
+    published: ClassVar[dict[str, Configs]] = {
+        "black-forest-labs/FLUX.1-dev": DEV,
+        "black-forest-labs/FLUX.1-schnell": {**DEV, "transformer": DEV["transformer"] | {"guidance_embeds": False}},
+    }
+
+
+class FluxKontext(FluxFamily):
+    """FLUX.1 Kontext, which edits an input image as the prompt says. Input and output have one size."""
+
+    reads_inputs: ClassVar[tuple[str, ...]] = ("image",)
+    policy_class: ClassVar[type[DiffusersPolicy]] = FluxKontextPolicy
+    pipeline_class: ClassVar[str] = "FluxKontextPipeline"
+    published: ClassVar[dict[str, Configs]] = {"black-forest-labs/FLUX.1-Kontext-dev": DEV}
+
+    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
+        return super().conditioning_shapes(configs) | {"input_latents": self.latent_shape(configs["transformer"])}

@@ -21,8 +21,11 @@ Components = Mapping[str, Mapping[str, Any]]  # part name → its keys; model_in
 INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
 NORMALIZED_PIPELINES = ("QwenImagePipeline",)  # of latents with mean and deviation of each channel
-FLOW_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline", *NORMALIZED_PIPELINES)
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", *FLOW_PIPELINES)  # pipelines that are checked here
+FLUX_PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
+FLOW_PIPELINES = ("StableDiffusion3Pipeline", *FLUX_PIPELINES, *NORMALIZED_PIPELINES)
+INPAINTING = "StableDiffusionInpaintPipeline"  # its network reads the mask and the masked image's latents as well
+# Pipelines that are checked here.
+PIPELINES = ("StableDiffusionPipeline", INPAINTING, "StableDiffusionXLPipeline", *FLOW_PIPELINES)
 DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent keys
     "unet": {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280},
     "vae": {"latent_channels": 4, "out_channels": 3, "z_dim": 16},
@@ -33,7 +36,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
         "joint_attention_dim": 4096,
         "pooled_projection_dim": 2048,
     },
-    "FluxPipeline": {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "patch_size": 1},
+    **dict.fromkeys(
+        FLUX_PIPELINES,
+        {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "patch_size": 1},
+    ),
     "QwenImagePipeline": {"in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584, "patch_size": 2},
 }
 
@@ -58,7 +64,10 @@ UNET = (
 )
 RULES: dict[str, tuple[Rule, ...]] = {
     "QwenImagePipeline": (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),),
-    "StableDiffusionPipeline": (*UNET, Rule("unet", "addition_embed_type", (None, "text"), IMAGES)),
+    **dict.fromkeys(
+        ("StableDiffusionPipeline", INPAINTING),
+        (*UNET, Rule("unet", "addition_embed_type", (None, "text"), IMAGES)),
+    ),
     "StableDiffusionXLPipeline": (
         *UNET,
         Rule(
@@ -202,12 +211,13 @@ def _channel_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
     given = _value(config, parts, network, "out_channels") or taken
     if packed > 1:
         given *= _value(config, parts, network, "patch_size") ** 2
-    if taken != packed * latents:
+    expected = config.taken_channels(latents)
+    if taken != expected:
         yield (
             f"{_file(network)} has in_channels={taken}, and vae/config.json {config.latent_key}={latents}: the network "
-            f"must take {packed * latents} (networks for inpainting, editing or upscaling take more)"
+            f"must take {expected} (networks for inpainting, editing or upscaling take more)"
         )
-    if given != taken:
+    if given - packed * latents != taken - expected:
         keys = ", ".join(f"{key}={parts[network].get(key)!r}" for key in ("out_channels", "patch_size"))
         yield f"{_file(network)} has in_channels={taken} and {keys}: the network must give as much as it takes"
 
@@ -219,7 +229,7 @@ def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]
     if config.pipeline_class == "StableDiffusion3Pipeline":
         pooled = value_of("text_encoder", "projection_dim") + value_of("text_encoder_2", "projection_dim")
         wanted.append(("pooled_projection_dim", "projection_dim of the two CLIPs", pooled))
-    elif config.pipeline_class == "FluxPipeline":
+    elif config.pipeline_class in FLUX_PIPELINES:
         width = value_of("text_encoder", "hidden_size")
         wanted.append(("pooled_projection_dim", "hidden_size of text_encoder", width))
     elif config.pipeline_class == "QwenImagePipeline":

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.guidance import INPUT
 from ray_ddpo.common.diffusion.loading.config_keys import check_keys, check_steps, configuration_files
 from ray_ddpo.common.diffusion.loading.library_errors import NOT_MADE, library_errors, try_once
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs, model_sizes, read_config
@@ -113,13 +114,18 @@ class DiffusersConfig(PolicyConfig):
         """Return the network's rows per image: 2 with classifier-free guidance, else 1."""
         return 2 if sampling.is_guided else 1
 
+    def taken_channels(self, latent_channels: int) -> int:
+        """Return how many channels the network takes, for latents of so many channels."""
+        return self.latent_packing * latent_channels
+
     def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
         """Return C, H, W of one image's latents."""
         return network_config["in_channels"], *self.latent_sides(network_config["sample_size"])
 
     def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Return the shapes with those of the `negative_…` tensors."""
-        return shapes | {f"negative_{name}": shape for name, shape in shapes.items()}
+        negative = {f"negative_{name}": shape for name, shape in shapes.items() if not name.startswith(INPUT)}
+        return shapes | negative
 
     @property
     def scale_factor(self) -> int:

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its name in words
     "StableDiffusionPipeline": ("stable_diffusion", "Stable Diffusion"),
+    "StableDiffusionInpaintPipeline": ("sd_inpainting", "Stable Diffusion inpainting"),
     "StableDiffusionXLPipeline": ("sdxl", "SDXL"),
     "StableDiffusion3Pipeline": ("sd3", "Stable Diffusion 3"),
     "FluxPipeline": ("flux", "FLUX"),
+    "FluxKontextPipeline": ("flux_kontext", "FLUX Kontext"),
     "QwenImagePipeline": ("qwen_image", "Qwen-Image"),
 }
 TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had two for each
@@ -155,7 +157,7 @@ def _check_channels(config: "DiffusersConfig", folder: Path) -> None:
     """Check that the network takes the decoder's latents and nothing else."""
     network = read_object(folder / config.network_name / "config.json")
     taken, given = network.get("in_channels"), read_object(folder / "vae" / "config.json").get(config.latent_key)
-    if taken and given and taken != given * config.latent_packing:
+    if taken and given and taken != config.taken_channels(given):
         raise ValueError(
             f"its {config.network_name} takes latents of {taken} channels and its decoder has {given}: a model with an "
             f"image as a second input, which no family here trains (in_channels in {config.network_name}/config.json, "

@@ -125,10 +125,12 @@ def as_loaded(index: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[
     named = (index.get("scheduler") or [None, None])[1]
     classes = dict.fromkeys(name for name in (named, config.get("_class_name")) if name)
     read = [{**config, "_class_name": name} for name in classes] or [dict(config)]
-    if index.get("_class_name") == "StableDiffusionPipeline":
+    pipeline = index.get("_class_name")
+    if pipeline in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
+        corrected = CORRECTED if pipeline == "StableDiffusionPipeline" else {"steps_offset": CORRECTED["steps_offset"]}
         for keys in read:
             is_ddim = keys.get("_class_name") == DDIM
-            keys |= {key: value for key, value in CORRECTED.items() if key in keys or is_ddim}
+            keys |= {key: value for key, value in corrected.items() if key in keys or is_ddim}
     return read
 
 

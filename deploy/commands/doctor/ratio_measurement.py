@@ -13,7 +13,7 @@ from ray_ddpo.common.diffusion.lora.adapters import read_weights, trained_parame
 from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.diffusion.policy_trial import load_checked, try_sampling
 from ray_ddpo.common.diffusion.prompt_lengths import cut_prompts_in_words
-from ray_ddpo.common.diffusion.rollout import sample_trajectories, score
+from ray_ddpo.common.diffusion.rollout import inputs_of, sample_trajectories, score
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, output_sensitivity
 from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.recipe import Recipe
@@ -75,11 +75,14 @@ def sample_some(recipe: Recipe) -> TrialSample:
     policy.load_weights(weights)
     sampling = recipe.sampling.model_copy(update={"timestep_fraction": 1.0, "sde_window": None})
     prompts, seeds = [prompt.text for prompt in task.prompts[:IMAGES]], list(task.seeds[:IMAGES])
-    as_stored = sample_trajectories(policy, prompts, seeds, sampling)
+    inputs = inputs_of(policy, task.prompts[:IMAGES])
+    as_stored = sample_trajectories(policy, prompts, seeds, sampling, inputs=inputs)
     in_float32 = (
         as_stored
         if sampling.latents_dtype == "float32"
-        else sample_trajectories(policy, prompts, seeds, sampling.model_copy(update={"latents_dtype": "float32"}))
+        else sample_trajectories(
+            policy, prompts, seeds, sampling.model_copy(update={"latents_dtype": "float32"}), inputs=inputs
+        )
     )
     return TrialSample(as_stored, in_float32, weights, cut)
 

@@ -30,6 +30,7 @@ from ray_ddpo.deploy.commands.weights.run_weights import RunWeights
 from ray_ddpo.deploy.evaluation.eval_log import REPORTED, EvalLog
 from ray_ddpo.deploy.hub import base_model, license_of, metadata
 
+INPUT_ARGUMENTS = {"image": "image", "mask": "mask_image"}  # of diffusers' pipelines
 HERE = Path(__file__).parent
 
 
@@ -182,7 +183,8 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
     revision = f", revision={push.revision!r}" if push.revision else ""
     names = [policy.pipeline_class, *([policy.network_class] if full else [])]
     names += [policy.scheduler_class] if policy.scheduler_class else []
-    lines = ["import torch", f"from diffusers import {', '.join(sorted(names))}", ""]
+    lines = ["import torch", f"from diffusers import {', '.join(sorted(names))}"]
+    lines += ["from PIL import Image  # of the size of the output", ""] if policy.reads_inputs else [""]
     network = ""
     if full:
         lines.append(f'{part} = {policy.network_class}.from_pretrained({push.repo!r}, subfolder="{part}"{revision})')
@@ -200,7 +202,8 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
 
 def _sampling_lines(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> list[str]:
     """Return the call of the pipeline with the run's sampling settings."""
-    sampling, keys = recipe.sampling, [repr(prompt)]
+    sampling, keys = recipe.sampling, [f"prompt={prompt!r}" if policy.reads_inputs else repr(prompt)]
+    keys += [f'{INPUT_ARGUMENTS[name]}=Image.open("{name}.png")' for name in policy.reads_inputs]
     keys += [f"num_inference_steps={sampling.num_steps}", f"guidance_scale={sampling.guidance_scale}"]
     if policy.scheduler_class:  # pipelines of flow models add no noise
         keys.append(f"eta={0.0 if sampling.deterministic else sampling.eta}")
@@ -208,6 +211,8 @@ def _sampling_lines(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> lis
         own = policy.part_config(policy.network_name).get("sample_size", OWN_LATENT_SIZE)
         height, width = (policy.scale_factor * side for side in policy.latent_sides(own))
         keys += [f"height={height}", f"width={width}"]
+        if policy.pipeline_class == "FluxKontextPipeline":  # else it resizes the output, and the input image
+            keys += [f"max_area={height * width}", "_auto_resize=False"]
     if sampling.negative_prompt:
         keys.append(f"negative_prompt={sampling.negative_prompt!r}")
     return [

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from ray_ddpo.deploy.commands.report.images import lettering
+from ray_ddpo.deploy.commands.report.images import lettering, shown_input
 from ray_ddpo.deploy.evaluation.eval_result import EvalComparison
 
 PAIRS = 36  # of the gallery
@@ -29,6 +29,7 @@ class ImagePair:
     reward_after: float
     width: int
     height: int
+    input: str = ""  # the prompt's input image with its mask tinted, if the model edits one
     number: str = ""  # shown in place of the prompt in before_after.png, if its fonts lack the letters
 
     @property
@@ -82,4 +83,5 @@ def _pair(comparison: EvalComparison, score: str, index: int) -> ImagePair:
         reward_after=float(comparison.scores_after[score][index]),
         width=width,
         height=height,
+        input="" if (shown := shown_input(comparison, index)) is None else data_uri(shown),
     )

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
+from ray_ddpo.common.input_images import CONTENT, IMAGE, read_inputs
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.deploy.evaluation.eval_result import EvalComparison
 
 COLUMNS = 12
+TINT = (255, 0, 255)  # where an input image may change
 MOST_FONTS = 3  # beside the default font
 PLACEHOLDERS = (
     "last resort",
@@ -38,29 +41,49 @@ class Lettering:
 
 
 def before_after_image(comparison: EvalComparison, path: Path) -> None:
-    """Plot pairs of rows: the pretrained model's images above, the run's below, and the change of the reward."""
+    """Plot pairs of rows: the pretrained model's images above, the run's below, and the change of the reward.
+
+    If the model edits, a row of the input images stands above each pair.
+    """
     from matplotlib import pyplot as plt
 
     shown = min(len(comparison.before), 3 * COLUMNS)
     rows = -(-shown // COLUMNS)
-    figure, axes = plt.subplots(2 * rows, COLUMNS, figsize=(1.25 * COLUMNS, 2.9 * rows + 0.5), squeeze=False)
+    inputs = [shown_input(comparison, index) for index in range(shown)]
+    tall = 3 if any(each is not None for each in inputs) else 2
+    size = (1.25 * COLUMNS, 1.45 * tall * rows + 0.5)
+    figure, axes = plt.subplots(tall * rows, COLUMNS, figsize=size, squeeze=False)
     change = comparison.scores_after["reward"] - comparison.scores_before["reward"]
     written = lettering([prompt.text for prompt in comparison.chosen.prompts[:shown]])
     for axis in axes.flat:
         axis.axis("off")
     for index in range(shown):
-        row, column = 2 * (index // COLUMNS), index % COLUMNS
-        above, below = axes[row, column], axes[row + 1, column]
+        row, column = tall * (index // COLUMNS), index % COLUMNS
+        *over, above, below = axes[row : row + tall, column]
         above.imshow(comparison.before[index], interpolation="nearest")
-        _write_above(above, written, index)
+        if over and (pixels := inputs[index]) is not None:
+            over[0].imshow(pixels, interpolation="nearest")
+        _write_above(over[0] if over else above, written, index)
         below.imshow(comparison.after[index], interpolation="nearest")
         below.set_title(f"{change[index]:+.2f}", fontsize=7, pad=1, color="green" if change[index] > 0 else "firebrick")
     says = "above: before · below: after, same prompt and noise, with the reward's change"
+    says = f"top: input · {says}" if tall > 2 else says
     says += " · #: the prompt stands in report.html" if any(written.numbers) else ""
     figure.suptitle(says, fontsize=10)
     figure.tight_layout(pad=0.3, rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def shown_input(comparison: EvalComparison, index: int) -> UInt8[np.ndarray, "H W 3"] | None:
+    """Return the input image of a held-out prompt, tinted where its mask lets it change; None if it has none."""
+    about = comparison.chosen.prompts[index].metadata
+    if IMAGE + CONTENT not in about:
+        return None
+    height, width = comparison.before[index].shape[:2]
+    inputs = read_inputs([about], (height, width))
+    tint, pixels = np.array(TINT, np.uint8), inputs.pixels[0]
+    return np.where(inputs.masks[0][..., None], pixels // 2 + tint // 2, pixels)
 
 
 def _write_above(axis: Any, written: Lettering, index: int) -> None:

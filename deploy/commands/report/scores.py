@@ -142,7 +142,7 @@ class PromptTable:
 
 def held_out_table(comparison: EvalComparison, score: str) -> PromptTable:
     """Group the held-out images by prompt."""
-    texts = [prompt.text for prompt in comparison.chosen.prompts]
+    texts = [prompt.key for prompt in comparison.chosen.prompts]
     before = zip(texts, comparison.scores_before[score], strict=True)
     after = zip(texts, comparison.scores_after[score], strict=True)
     return _table(before, after, "before", "after", images_are_shared=True)

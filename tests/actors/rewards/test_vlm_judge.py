@@ -15,13 +15,14 @@ from ray_ddpo.actors.rewards.judging.judge import Judge
 from ray_ddpo.actors.rewards.reward import RewardMistake
 from ray_ddpo.actors.rewards.service_client import RewardServiceFailed
 from ray_ddpo.actors.rewards.vlm_judge import JudgeQuestion, VlmJudge
-from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.prompts import File, Prompt
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
 from ray_ddpo.common.reward_protocol import from_png
 from ray_ddpo.common.trajectory import ImageBatch
 from tests.actors.rewards.test_http import drip, hang_up
 from tests.chat_services import MODEL, chat_service, says
+from tests.input_files import input_pixels, save_inputs
 from tests.reward_services import Answer, Script, Scripted, scripted
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
@@ -253,3 +254,22 @@ def test_a_table_that_cannot_work_is_refused_early(table: dict[str, Any], words:
     with pytest.raises(ValueError, match=words) as error:
         build({"vlm_judge": "ray_ddpo.actors.rewards.vlm_judge:VlmJudge"}, whole, "reward")
     assert "s3cret" not in str(error.value)
+
+
+def test_an_edit_is_judged_beside_its_input_image(tmp_path: Path) -> None:
+    prompts = File(path=str(save_inputs(tmp_path, ("make it red",), (8, 8))), image_column="image").sampled()
+    loaded = VlmJudge(url="http://unused", model=MODEL, show_input=True)
+    loaded.check_prompts(prompts)
+    with pytest.raises(ValueError, match="the reward's show_input reads each prompt's input image, and 'cat' has none"):
+        loaded.check_prompts([Prompt("cat")])
+    with scripted(says("", yes=math.log(0.9), no=math.log(0.1))) as (url, script):
+        asked = VlmJudge(url=url, model=MODEL, show_input=True).load("cpu")
+        about: list[dict[str, Any]] = [dict(prompts[0].metadata)]
+        assert asked(IMAGES[:1], ["make it red"], about).tolist() == [pytest.approx(0.9)]
+        assert asked(IMAGES[:1], ["make it red"], about).tolist() == [pytest.approx(0.9)]  # remembered
+        asked(IMAGES[1:2], ["make it red"], about)
+    first, second = bodies(script)
+    *shown, question = first["messages"][0]["content"]
+    read = [from_png(each["image_url"]["url"].removeprefix("data:image/png;base64,"), 64) for each in shown]
+    assert np.array_equal(read[0], input_pixels(0, (8, 8))) and np.array_equal(read[1], IMAGES[0])
+    assert 'by the instruction "make it red"' in question["text"] and len(second["messages"][0]["content"]) == 3

@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ray_ddpo import cli
 from ray_ddpo.common.diffusion import POLICIES
@@ -18,9 +19,17 @@ from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.deploy.driver.components import build_components
 from tests.accepted_page import assert_accepted, assert_refused
-from tests.tiny_families import MAKERS, PACKED, call_keys, policy_table
+from tests.tiny_families import DDIM_SAMPLED, MAKERS, PACKED, SAFETY_CHECKED, call_keys, kontext_keys, policy_table
 
-SIZES = {"stable_diffusion": (24, 16), "sdxl": (48, 64), "sd3": (12, 24), "flux": (24, 12), "qwen_image": (24, 12)}
+SIZES = {
+    "stable_diffusion": (24, 16),
+    "sd_inpainting": (24, 16),
+    "flux_kontext": (24, 12),
+    "sdxl": (48, 64),
+    "sd3": (12, 24),
+    "flux": (24, 12),
+    "qwen_image": (24, 12),
+}
 OTHER_THAN_EMPTY = ("sdxl", "qwen_image")  # where no negative prompt is given, the one takes zeros, the other a space
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
 
@@ -36,7 +45,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A family's name, its small model, and diffusers' own pipeline of it."""
     name, model = request.param, MAKERS[request.param](tmp_path_factory.mktemp("model"))
     config = build(POLICIES, policy_table(name, model), "policy")
-    keys = {"safety_checker": None} if name == "stable_diffusion" else {}
+    keys = {"safety_checker": None} if name in SAFETY_CHECKED else {}
     pipeline: Any = getattr(diffusers, config.pipeline_class).from_pretrained(model, **keys)
     if config.scheduler_class:
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -64,9 +73,11 @@ def theirs(name: str, pipeline: Any, settings: SamplingTable, shape: tuple[int, 
     factor = pipeline.vae_scale_factor
     noise = next(image_noise(SEEDS, shape))
     keys = call_keys(name, settings.guidance_scale, settings.negative_prompt)
-    keys |= {"eta": 0.0} if name in ("stable_diffusion", "sdxl") else {}
+    keys |= {"eta": 0.0} if name in DDIM_SAMPLED else {}
     keys |= {"height": factor * shape[1], "width": factor * shape[2], "num_inference_steps": 3}
-    images = pipeline(PROMPTS, latents=packed(noise) if name in PACKED else noise, **keys).images
+    if name == "flux_kontext":
+        keys |= kontext_keys(Image.new("RGB", (keys["width"], keys["height"])))
+    images = pipeline(prompt=PROMPTS, latents=packed(noise) if name in PACKED else noise, **keys).images
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
@@ -97,7 +108,7 @@ def test_guidance_up_to_one_is_one_pass_with_the_prompt(family: tuple[str, Path,
     name, model, pipeline = family
     settings = sampling(guidance_scale)
     config = build(POLICIES, policy_table(name, model), "policy")
-    assert config.branches(settings) == (2 if guidance_scale > 1 and name != "flux" else 1)
+    assert config.branches(settings) == (2 if guidance_scale > 1 and not name.startswith("flux") else 1)
     policy_shape = config.sizes(settings, "cpu").latent_shape
     assert_alike(ours(config, settings), theirs(name, pipeline, settings, policy_shape))
     assert_accepted("`guidance_scale` 0, or between 0 and 1")
@@ -110,7 +121,7 @@ def test_a_negative_prompt_leads_away_as_in_diffusers(family: tuple[str, Path, A
     found = {}
     for negative in (None, "", "blurry"):
         settings = sampling(3.0, negative)
-        if name == "flux" and negative:
+        if name.startswith("flux") and negative:
             with pytest.raises(ValueError) as error:
                 config.check_sampling(settings)
             assert_refused("a negative prompt for FLUX", str(error.value))
@@ -119,7 +130,7 @@ def test_a_negative_prompt_leads_away_as_in_diffusers(family: tuple[str, Path, A
         found[negative] = ours(config, settings)
         assert_alike(found[negative], theirs(name, pipeline, settings, shape))
     assert_accepted("`sampling.negative_prompt` in SD, SDXL and SD3")
-    if name != "flux":
+    if not name.startswith("flux"):
         assert np.abs(found["blurry"] - found[""]).max() > 1
         assert np.array_equal(found[None], found[""]) == (name not in OTHER_THAN_EMPTY)
 
@@ -144,7 +155,7 @@ def test_one_side_alone_and_a_sample_size_of_two_numbers(tmp_path: Path) -> None
     pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     noise = next(image_noise(SEEDS, policy.latent_shape))
-    images = pipeline(PROMPTS, latents=noise, eta=0.0, num_inference_steps=3, guidance_scale=3.0).images
+    images = pipeline(prompt=PROMPTS, latents=noise, eta=0.0, num_inference_steps=3, guidance_scale=3.0).images
     assert_alike(ours(config, sampling(3.0)), np.stack([np.asarray(image) for image in images]).astype(int))
     assert_accepted("a UNet whose `sample_size` is [height, width]")
 
@@ -168,7 +179,8 @@ def test_a_size_that_cannot_be_made_is_refused_with_the_recipe(
 
 
 def test_units_of_a_size_are_those_of_decoder_and_patch(tmp_path: Path) -> None:
-    for name, unit in {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "qwen_image": 4}.items():
+    units = {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "flux_kontext": 4, "qwen_image": 4}
+    for name, unit in units.items():
         config = build(POLICIES, policy_table(name, MAKERS[name](tmp_path / name)), "policy")
         assert config.size_unit == unit
     with pytest.raises(ValueError, match=r"policy.height is 28: .* multiples of 8 pixels, such as 24 or 32"):

@@ -20,7 +20,17 @@ from ray_ddpo.common.diffusion.lora.files import lora_file
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
-from tests.tiny_families import MAKERS, PACKED, call_keys, policy_table, save_tiny_flux, save_tiny_sd3, save_tiny_sdxl
+from tests.tiny_families import (
+    DDIM_SAMPLED,
+    MAKERS,
+    PACKED,
+    SAFETY_CHECKED,
+    call_keys,
+    policy_table,
+    save_tiny_flux,
+    save_tiny_sd3,
+    save_tiny_sdxl,
+)
 from tests.tiny_policy import scatter
 
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
@@ -52,9 +62,9 @@ def images(policy: DiffusersPolicy) -> np.ndarray:
 
 def pipeline_of(family: tuple[str, Path]) -> Any:
     pipeline: Any = getattr(diffusers, config_of(family).pipeline_class).from_pretrained(
-        family[1], **({"safety_checker": None} if family[0] == "stable_diffusion" else {})
+        family[1], **({"safety_checker": None} if family[0] in SAFETY_CHECKED else {})
     )
-    if family[0] in ("stable_diffusion", "sdxl"):
+    if family[0] in DDIM_SAMPLED:
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -63,8 +73,8 @@ def pipeline_of(family: tuple[str, Path]) -> Any:
 def pipelines_images(family: tuple[str, Path], pipeline: Any, shape: tuple[int, ...]) -> np.ndarray:
     noise = next(image_noise(SEEDS, shape))
     latents = packed(noise) if family[0] in PACKED else noise
-    keys = call_keys(family[0], 3.0) | ({"eta": 0.0} if family[0] in ("stable_diffusion", "sdxl") else {})
-    images = pipeline(PROMPTS, latents=latents, num_inference_steps=4, **keys).images
+    keys = call_keys(family[0], 3.0) | ({"eta": 0.0} if family[0] in DDIM_SAMPLED else {})
+    images = pipeline(prompt=PROMPTS, latents=latents, num_inference_steps=4, **keys).images
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
@@ -125,7 +135,7 @@ def test_a_tiled_decoder_gives_nearly_the_same_images(family: tuple[str, Path]) 
     whole, sliced = (loaded(config_of(family, vae_slicing=slicing)) for slicing in (False, True))
     assert np.abs(images(whole) - images(sliced)).max() <= 1
     assert sliced.vae.use_slicing and not whole.vae.use_slicing
-    if family[0] == "stable_diffusion":  # its small model has an AutoencoderTiny
+    if family[0] in SAFETY_CHECKED:  # its small model has an AutoencoderTiny
         with pytest.raises(ValueError, match="vae_tiling is true, and the model's decoder is an AutoencoderTiny"):
             loaded(config_of(family, vae_tiling=True))
     else:

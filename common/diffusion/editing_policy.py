@@ -1,0 +1,45 @@
+"""What the policies of editing families share: they encode a prompt's input image beside its text."""
+
+from abc import abstractmethod
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
+from ray_ddpo.common.diffusion.policy import Conditioning
+from ray_ddpo.common.input_images import InputImages, blank_inputs
+
+
+class EditingPolicy(DiffusersPolicy):
+    """A loaded pipeline that edits images. Input images are encoded without noise, so that their rows never change."""
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], inputs: InputImages | None = None) -> Conditioning:
+        inputs = inputs or blank_inputs(len(prompts), self.image_size())
+        texts = super().encode(prompts)
+        with self._at_work(self.vae):
+            # One image at a time: in a batch, its last bits would depend on the other images.
+            rows = [self._encode_input(*self._on_device(inputs, row)) for row in range(len(prompts))]
+        return texts | {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    @abstractmethod
+    def _encode_input(self, pixels: Float[Tensor, "1 3 H2 W2"], mask: Float[Tensor, "1 1 H2 W2"]) -> Conditioning:
+        """Return the rows of one input image, named `input_…`.
+
+        Args:
+            pixels: from −1 to 1, in the decoder's dtype.
+            mask: 1 where the image may change, else 0.
+        """
+
+    def _latents_of(self, pixels: Float[Tensor, "1 3 H2 W2"]) -> Float[Tensor, "1 C H W"]:
+        """Return the mode of the encoder's posterior, as the network takes latents."""
+        return self._scaled(self.config.encoded(self.vae, pixels, torch.zeros((), device=pixels.device)))
+
+    def _on_device(self, inputs: InputImages, row: int) -> tuple[Tensor, Tensor]:
+        """Return one prompt's pixels and mask as the encoder takes them."""
+        pixels = torch.from_numpy(np.array(inputs.pixels[row])).to(self.device).permute(2, 0, 1).unsqueeze(0)
+        mask = torch.from_numpy(np.array(inputs.masks[row])).to(self.device)[None, None]
+        # In the order of diffusers' VaeImageProcessor, whose rounding this has: to 0 … 1, then to −1 … 1.
+        return (2 * (pixels.float() / 255) - 1).to(self.vae.dtype), mask.float()

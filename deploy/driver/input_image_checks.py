@@ -1,0 +1,25 @@
+"""Refuse recipes whose prompts and model family do not agree on input images."""
+
+from ray_ddpo.common.diffusion.policy import PolicyConfig
+from ray_ddpo.common.prompts import PromptSource
+from ray_ddpo.common.recipe.recipe import Recipe
+
+
+def check_input_images(recipe: Recipe, policy: PolicyConfig, source: PromptSource) -> None:
+    """Check that prompts have the input images that the family reads, and no others.
+
+    Raises:
+        ValueError: an input image is missing, or nothing reads it.
+    """
+    has, name, family = source.input_columns, recipe.prompts.name, type(policy).__name__
+    if missing := [image for image in policy.reads_inputs if image not in has]:
+        raise ValueError(
+            f"policy.name is {recipe.policy.name!r}, whose {family} edits an input image, and the prompts of "
+            f'prompts.name = {name!r} have no {missing[0]}: give prompts.name = "file" and its column as '
+            f"prompts.{missing[0]}_column"
+        )
+    if has and not policy.reads_inputs:
+        raise ValueError(
+            f"prompts.image_column is {has['image']!r}, and {family} reads no input image: take an editing family, such "
+            'as policy.name = "flux_kontext", or leave the key out'
+        )

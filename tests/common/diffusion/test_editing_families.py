@@ -1,0 +1,156 @@
+"""Editing families compared with diffusers' own pipelines, on input images, masks and several sizes."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
+from ray_ddpo.common.diffusion.families.packing import packed
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusionInpainting
+from ray_ddpo.common.diffusion.rollout import image_noise, inputs_of, sample_trajectories, score
+from ray_ddpo.common.input_images import InputImages
+from ray_ddpo.common.prompts import File, Prompt
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.tables import SamplingTable
+from tests.accepted_page import assert_accepted
+from tests.input_files import save_inputs
+from tests.tiny_families import DDIM_SAMPLED, MAKERS, SAFETY_CHECKED, call_keys, kontext_keys, policy_table
+from tests.tiny_policy import scatter
+
+SEEDS = [3, 4, 5, 6]
+EDITING = ("flux_kontext", "sd_inpainting")
+
+
+@pytest.fixture(scope="module", params=EDITING)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
+    """A family's name, its small model, and diffusers' own pipeline of it."""
+    name, model = request.param, MAKERS[request.param](tmp_path_factory.mktemp("model"))
+    keys = {"safety_checker": None} if name in SAFETY_CHECKED else {}
+    config = build(POLICIES, policy_table(name, model), "policy")
+    pipeline: Any = getattr(diffusers, config.pipeline_class).from_pretrained(model, **keys)
+    pipeline.set_progress_bar_config(disable=True)
+    return name, model, pipeline
+
+
+def sampling(scale: float = 3.0, steps: int = 4, negative: str | None = None) -> SamplingTable:
+    return SamplingTable(num_steps=steps, guidance_scale=scale, negative_prompt=negative)
+
+
+def load(family: tuple[str, Path, Any], settings: SamplingTable, role: Any = "sampler", **keys: Any) -> DiffusersPolicy:
+    table = policy_table(family[0], family[1])
+    if keys:
+        table.pop("resolution", None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build(POLICIES, table | keys, "policy").load("cpu", settings, role)
+
+
+def prompts_of(folder: Path, size: tuple[int, int] = (16, 16)) -> list[Prompt]:
+    return File(path=str(save_inputs(folder, size=size)), image_column="image", mask_column="mask").sampled()
+
+
+def pipelines_latents(
+    family: tuple[str, Path, Any], prompts: list[Prompt], settings: SamplingTable, policy: DiffusersPolicy
+) -> torch.Tensor:
+    """Return what the pipeline's own call makes of the prompts, from the same noise and without further noise."""
+    name, _, pipeline = family
+    images = [Image.open(prompt.metadata["image"]) for prompt in prompts]
+    keys = call_keys(name, settings.guidance_scale)
+    keys |= {"height": images[0].height, "width": images[0].width, "num_inference_steps": settings.num_steps}
+    keys |= {"eta": 0.0} if name in DDIM_SAMPLED else {}
+    noise = next(image_noise(SEEDS[: len(prompts)], policy.latent_shape))
+    if name == "flux_kontext":
+        keys |= kontext_keys(images[0]) | {"image": images}
+        noise = packed(noise)
+    else:
+        masks = [Image.open(prompt.metadata["mask"]) for prompt in prompts]
+        negative = [settings.negative_prompt or ""] * len(prompts)
+        keys |= {"image": images, "mask_image": masks, "negative_prompt": negative}
+    texts = [prompt.text for prompt in prompts]
+    return pipeline(prompt=texts, latents=noise, output_type="latent", **keys).images
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "steps", "negative"),
+    [((16, 16), 3.0, 4, None), ((24, 16), 0.7, 3, None), ((16, 32), 1.5, 6, "blurry")],
+)
+def test_latents_equal_those_of_the_pipelines_own_call(
+    family: tuple[str, Path, Any], size: tuple[int, int], scale: float, steps: int, negative: str | None, tmp_path: Path
+) -> None:
+    settings = sampling(scale, steps, None if family[0] == "flux_kontext" else negative)
+    policy = load(family, settings, height=size[0], width=size[1])
+    prompts = prompts_of(tmp_path, size)
+    texts, inputs = [prompt.text for prompt in prompts], inputs_of(policy, prompts)
+    ours = sample_trajectories(policy, texts, SEEDS, settings, range(0), inputs=inputs).final_latents
+    theirs = pipelines_latents(family, prompts, settings, policy)
+    ours = packed(ours) if family[0] == "flux_kontext" else ours
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_learner_computes_the_samplers_exact_log_prob_of_edits(
+    family: tuple[str, Path, Any], tmp_path: Path
+) -> None:
+    settings = sampling()
+    sampler, learner = (load(family, settings, role) for role in ("sampler", "learner"))
+    scatter(sampler.network)
+    scatter(learner.network)
+    prompts = prompts_of(tmp_path)
+    texts, inputs = [prompt.text for prompt in prompts], inputs_of(sampler, prompts)
+    trajectory = sample_trajectories(sampler, texts, SEEDS, settings, inputs=inputs)
+    assert torch.equal(score(learner, trajectory), trajectory.log_probs)
+    # One text with two images is two rows; one text with one image is one.
+    assert len(trajectory.conditioning["prompt_embeds"]) == 4
+    assert inputs is not None
+    twice = sample_trajectories(sampler, texts[:1] * 2, SEEDS[:2], settings, inputs=inputs.select([0, 0]))
+    assert len(twice.conditioning["input_latents"]) == 1 and twice.prompt_index.tolist() == [0, 0]
+
+
+def test_an_images_rows_depend_on_it_alone_and_never_change(family: tuple[str, Path, Any], tmp_path: Path) -> None:
+    policy, prompts = load(family, sampling()), prompts_of(tmp_path)
+    inputs = inputs_of(policy, prompts)
+    assert inputs is not None
+    together = policy.encode(["a cat"] * 4, inputs)
+    alone = policy.encode(["a cat"], inputs.select([2]))
+    names = [name for name in together if name.startswith("input_")]
+    assert names and all(torch.equal(together[name][2:3], alone[name]) for name in names)
+    assert not torch.equal(together["input_latents"][0], together["input_latents"][1])
+    assert torch.equal(together["prompt_embeds"][0], together["prompt_embeds"][1])
+
+
+def test_the_input_image_and_the_mask_move_the_distribution(family: tuple[str, Path, Any], tmp_path: Path) -> None:
+    policy, prompts = load(family, sampling()), prompts_of(tmp_path)
+    first, second = (inputs_of(policy, [prompt]) for prompt in prompts[:2])
+    assert first is not None and second is not None
+    masked = InputImages(pixels=first.pixels, masks=~first.masks)
+    found = [
+        sample_trajectories(policy, ["a cat"], [1], sampling(), range(0), inputs=each).final_latents
+        for each in (first, second, masked)
+    ]
+    assert (found[0] - found[1]).abs().max() > 1e-4
+    assert torch.equal(found[0], found[2]) == ("mask" not in policy.reads_inputs)
+    assert_accepted("an input image, and for inpainting its mask, of each prompt")
+
+
+def test_inpainting_encodes_the_mode_of_what_is_outside_the_mask(tmp_path: Path) -> None:
+    model = MAKERS["sd_inpainting"](tmp_path / "model")
+    torch.manual_seed(0)
+    keys: Any = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2}
+    keys |= {"up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4}
+    vae: Any = diffusers.AutoencoderKL(**keys).eval()
+    policy = StableDiffusionInpainting(model=str(model)).load("cpu", sampling(), "sampler")
+    policy.vae = vae
+    inputs = inputs_of(policy, prompts_of(tmp_path / "inputs"))
+    assert inputs is not None
+    rows = policy.encode(["a cat"] * 4, inputs)
+    pixels = torch.from_numpy(inputs.pixels / np.float32(127.5) - 1).permute(0, 3, 1, 2)
+    kept = pixels * ~torch.from_numpy(inputs.masks)[:, None]
+    with torch.no_grad():
+        expected = vae.encode(kept).latent_dist.mode() * vae.config.scaling_factor
+    torch.testing.assert_close(rows["input_latents"], expected, rtol=1e-4, atol=1e-5)
+    assert rows["input_mask"].shape == (4, 1, 8, 8) and set(rows["input_mask"].unique().tolist()) == {0.0, 1.0}
