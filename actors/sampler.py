@@ -52,7 +52,7 @@ class Sampler:
         self._policy = load_checked(policy, device, sampling, "sampler")
         tried = try_sampling(policy, self._policy, [prompt.text for prompt in tried_on])
         self._image_size = self._policy.image_size() or tried
-        if cut := cut_prompts_in_words(self._policy.text_readers(), checked, sampling):
+        if cut := cut_prompts_in_words(self._policy.text_readers(), checked, sampling, self._policy.guided_above):
             print_line(cut)
         refuse_window_without_noise(self._policy, sampling)
         if sampling.kl_reward:

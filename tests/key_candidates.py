@@ -194,6 +194,41 @@ QWEN_DECODER: dict[str, list[Any]] = {
 }
 QWEN_TEXT: dict[str, list[Any]] = {"tie_word_embeddings": [True], "vision_start_token_id": [3]}
 QWEN_TOKENIZER: dict[str, list[Any]] = {"model_max_length": [20, ABSENT], "padding_side": ["left"], "pad_token": ["!"]}
+Z_IMAGE: dict[str, list[Any]] = {
+    "all_patch_size": [[1], [2, 4]],
+    "all_f_patch_size": [[2]],
+    "in_channels": [8],
+    "dim": [64],
+    "n_layers": [2],
+    "n_refiner_layers": [2],
+    "n_heads": [1],
+    "n_kv_heads": [1],
+    "norm_eps": [0.01],
+    "qk_norm": [False],
+    "cap_feat_dim": [24],
+    "siglip_feat_dim": [16],
+    "rope_theta": [1000.0],
+    "t_scale": [500.0],
+    "axes_dims": [[6, 4, 6]],
+    "axes_lens": [[64, 32, 32], [256, 32, 32]],
+    "unknown_key": [1],
+}
+QWEN3_TEXT: dict[str, list[Any]] = {
+    "hidden_size": [24],
+    "num_hidden_layers": [1, 3],
+    "hidden_act": ["gelu"],
+    "rms_norm_eps": [0.1],
+    "num_key_value_heads": [2],
+    "attention_bias": [True],
+    "vocab_size": [600],
+    "tie_word_embeddings": [True],
+}
+CHAT_TOKENIZER = {
+    "model_max_length": [20, ABSENT],
+    "padding_side": ["left"],
+    "pad_token": ["!"],
+    "chat_template": ["{{ messages[0]['content'] }}!"],
+}
 UNET_PARTS: dict[str, dict[str, list[Any]]] = {"unet": UNET, "scheduler": DDIM, "model_index": INDEX}
 FLOW_PARTS: dict[str, dict[str, list[Any]]] = {
     "vae": DECODER,
@@ -211,6 +246,8 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "flux": FLOW_PARTS | {"transformer": FLUX, "text_encoder_2": T5, "tokenizer_2": T5_TOKENIZER},
     "qwen_image": {"transformer": QWEN_IMAGE, "vae": QWEN_DECODER, "scheduler": FLOW, "text_encoder": QWEN_TEXT}
     | {"tokenizer": QWEN_TOKENIZER},
+    "z_image": {"transformer": Z_IMAGE, "vae": DECODER, "scheduler": FLOW, "text_encoder": QWEN3_TEXT}
+    | {"tokenizer": CHAT_TOKENIZER},
 }
 EVERY = [
     (name, Change(part, key, value))

@@ -186,6 +186,36 @@ def save_tiny_qwen_image(folder: Path, seed: int = 0, **scheduler: object) -> Pa
     return folder
 
 
+def save_tiny_z_image(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write the pipeline. `scheduler` changes its configuration. The template is 26 tokens before the prompt, 1 after."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[128, 32, 32],
+    )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)  # of a new network it is 0
+    keys: Any = {"shift": 3.0, **scheduler}
+    tokenizer = tiny_chat_tokenizer(26)
+    ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**keys),
+        vae=AutoencoderKL(**FLOW_AUTOENCODER),
+        text_encoder=_qwen3(32, len(tokenizer)),
+        tokenizer=tokenizer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 def save_tiny_digits(folder: Path, seed: int = 0) -> Path:
     """Write the network of docs/digits."""
     from digit_transformer import DigitTransformer
@@ -228,6 +258,21 @@ def tiny_qwen_tokenizer(template: str, length: int) -> Any:
     pieces = [before[start:stop] for start, stop in itertools.pairwise(edges)]
     tokenizer.add_special_tokens({"extra_special_tokens": [*dict.fromkeys(pieces), after]})
     return tokenizer
+
+
+def tiny_chat_tokenizer(length: int) -> Any:
+    """Return a tokenizer of bytes with a chat template that puts `length` tokens before a prompt, and 1 after it."""
+    tokenizer = tiny_qwen_tokenizer(QWEN_IMAGE_TEMPLATE, length)
+    template = QWEN_IMAGE_TEMPLATE.replace("{}", "{{ message['content'] }}")
+    tokenizer.chat_template = f"{{% for message in messages %}}{template}{{% endfor %}}"
+    return tokenizer
+
+
+def _qwen3(width: int, vocabulary: int) -> Any:
+    from transformers import Qwen3Config, Qwen3Model
+
+    keys: Any = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 2, "vocab_size": vocabulary}
+    return Qwen3Model(Qwen3Config(**keys, num_attention_heads=2, num_key_value_heads=1, head_dim=16))
 
 
 def _qwen_vl(width: int, vocabulary: int) -> Any:
@@ -280,6 +325,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
     "qwen_image": save_tiny_qwen_image,
+    "z_image": save_tiny_z_image,
 }
 FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has them
     "digits:Digits": save_tiny_digits,
@@ -288,6 +334,7 @@ FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has 
 # Families with a mask get prompts of different lengths, so that their masks differ.
 PROMPTS = {
     "qwen_image": ["a cat", "a calf", "cow"],
+    "z_image": ["a cat", "a long calf", "cow"],  # 32, 38 and 30 tokens with the template, and so 32 and 64 with filling
     "digits:Digits": ["seven", "3", "a two"],
     "shapes:Shapes": ["disc", "ring", "cross"],
 }
@@ -295,6 +342,7 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
     "sd3": {"max_sequence_length": 12},
     "flux": {"max_sequence_length": 12, "resolution": 16},
     "qwen_image": {"max_sequence_length": 12, "resolution": 16},
+    "z_image": {"max_sequence_length": 38, "resolution": 16},
 }
 
 
@@ -307,9 +355,11 @@ def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str,
     if name == "qwen_image":
         negatives = [" " if negative is None else negative] * 2
         return {"true_cfg_scale": scale, "negative_prompt": negatives, "max_sequence_length": 12, **size}
-    text = {"max_sequence_length": 12} if name in ("sd3", "flux") else {}
+    length = KEYS.get(name, {}).get("max_sequence_length")
+    text = {} if length is None else {"max_sequence_length": length}
     if name == "flux":
         return {"guidance_scale": scale, **text, **size}
+    text |= size if name == "z_image" else {}
     return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **text}
 
 

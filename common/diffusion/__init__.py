@@ -8,4 +8,5 @@ POLICIES: Registry = {
     "sd3": "ray_ddpo.common.diffusion.families.sd3:SD3",
     "flux": "ray_ddpo.common.diffusion.families.flux:Flux",
     "qwen_image": "ray_ddpo.common.diffusion.families.qwen_image:QwenImage",
+    "z_image": "ray_ddpo.common.diffusion.families.z_image:ZImage",
 }

@@ -21,7 +21,7 @@ Components = Mapping[str, Mapping[str, Any]]  # part name → its keys; model_in
 INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
 NORMALIZED_PIPELINES = ("QwenImagePipeline",)  # of latents with mean and deviation of each channel
-FLOW_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline", *NORMALIZED_PIPELINES)
+FLOW_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline", "ZImagePipeline", *NORMALIZED_PIPELINES)
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", *FLOW_PIPELINES)  # pipelines that are checked here
 DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent keys
     "unet": {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280},
@@ -35,6 +35,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
     },
     "FluxPipeline": {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "patch_size": 1},
     "QwenImagePipeline": {"in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584, "patch_size": 2},
+    "ZImagePipeline": {"in_channels": 16, "cap_feat_dim": 2560},
+}
+LANGUAGE_MODELS = {  # the network's key for the width of a language model's states, and transformers' own width
+    "QwenImagePipeline": ("joint_attention_dim", 8192),
+    "ZImagePipeline": ("cap_feat_dim", 4096),
 }
 
 
@@ -58,6 +63,7 @@ UNET = (
 )
 RULES: dict[str, tuple[Rule, ...]] = {
     "QwenImagePipeline": (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),),
+    "ZImagePipeline": (Rule("transformer", "siglip_feat_dim", (None,), IMAGES),),
     "StableDiffusionPipeline": (*UNET, Rule("unet", "addition_embed_type", (None, "text"), IMAGES)),
     "StableDiffusionXLPipeline": (
         *UNET,
@@ -222,10 +228,10 @@ def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]
     elif config.pipeline_class == "FluxPipeline":
         width = value_of("text_encoder", "hidden_size")
         wanted.append(("pooled_projection_dim", "hidden_size of text_encoder", width))
-    elif config.pipeline_class == "QwenImagePipeline":
-        keys = parts["text_encoder"]
-        width = (keys.get("text_config") or keys).get("hidden_size", 8192)  # transformers' default
-        wanted.append(("joint_attention_dim", "hidden_size of text_encoder", width))
+    elif config.pipeline_class in LANGUAGE_MODELS:
+        keys, (key, own) = parts["text_encoder"], LANGUAGE_MODELS[config.pipeline_class]
+        width = (keys.get("text_config") or keys).get("hidden_size", own)
+        wanted.append((key, "hidden_size of text_encoder", width))
     else:
         width = sum(value_of(part, "hidden_size") for part in config.text_parts)
         key = "encoder_hid_dim" if parts[network].get("encoder_hid_dim") else "cross_attention_dim"

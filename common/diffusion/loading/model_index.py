@@ -20,12 +20,14 @@ FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its
     "StableDiffusion3Pipeline": ("sd3", "Stable Diffusion 3"),
     "FluxPipeline": ("flux", "FLUX"),
     "QwenImagePipeline": ("qwen_image", "Qwen-Image"),
+    "ZImagePipeline": ("z_image", "Z-Image"),
 }
 TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had two for each
     "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "CLIPTextModelWithProjection": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "T5EncoderModel": ("T5Tokenizer", "T5TokenizerFast"),
     "Qwen2_5_VLForConditionalGeneration": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
+    "Qwen3Model": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
 }
 VOCABULARIES = {  # tokenizer class → sets of files, one of which it needs
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
@@ -37,6 +39,7 @@ MODEL_TYPES = {  # text encoder class → allowed model_type; a full CLIP contai
     "CLIPTextModelWithProjection": ("clip_text_model", "clip"),
     "T5EncoderModel": ("t5",),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl",),
+    "Qwen3Model": ("qwen3",),
 }
 
 

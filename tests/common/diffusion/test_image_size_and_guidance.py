@@ -21,6 +21,7 @@ from tests.accepted_page import assert_accepted, assert_refused
 from tests.tiny_families import MAKERS, PACKED, call_keys, policy_table
 
 SIZES = {"stable_diffusion": (24, 16), "sdxl": (48, 64), "sd3": (12, 24), "flux": (24, 12), "qwen_image": (24, 12)}
+SIZES |= {"z_image": (24, 12)}
 OTHER_THAN_EMPTY = ("sdxl", "qwen_image")  # where no negative prompt is given, the one takes zeros, the other a space
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
 
@@ -93,11 +94,13 @@ def test_non_square_images_equal_those_of_diffusers(family: tuple[str, Path, Any
 @pytest.mark.parametrize(
     "guidance_scale", [0.7, *(pytest.param(each, marks=pytest.mark.thorough) for each in (0.0, 1.5))]
 )
-def test_guidance_up_to_one_is_one_pass_with_the_prompt(family: tuple[str, Path, Any], guidance_scale: float) -> None:
+def test_small_guidance_is_one_pass_with_the_prompt_as_in_diffusers(
+    family: tuple[str, Path, Any], guidance_scale: float
+) -> None:
     name, model, pipeline = family
     settings = sampling(guidance_scale)
     config = build(POLICIES, policy_table(name, model), "policy")
-    assert config.branches(settings) == (2 if guidance_scale > 1 and name != "flux" else 1)
+    assert config.branches(settings) == (2 if guidance_scale > config.guided_above and name != "flux" else 1)
     policy_shape = config.sizes(settings, "cpu").latent_shape
     assert_alike(ours(config, settings), theirs(name, pipeline, settings, policy_shape))
     assert_accepted("`guidance_scale` 0, or between 0 and 1")
@@ -168,7 +171,7 @@ def test_a_size_that_cannot_be_made_is_refused_with_the_recipe(
 
 
 def test_units_of_a_size_are_those_of_decoder_and_patch(tmp_path: Path) -> None:
-    for name, unit in {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "qwen_image": 4}.items():
+    for name, unit in {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "qwen_image": 4, "z_image": 4}.items():
         config = build(POLICIES, policy_table(name, MAKERS[name](tmp_path / name)), "policy")
         assert config.size_unit == unit
     with pytest.raises(ValueError, match=r"policy.height is 28: .* multiples of 8 pixels, such as 24 or 32"):

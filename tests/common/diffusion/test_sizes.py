@@ -40,6 +40,7 @@ PUBLISHED = {  # parameters of the network, of its decoder and of its text encod
     ),
     ("flux", "black-forest-labs/FLUX.1-dev"): (11_901_408_320, 83_819_683, [123_060_480, 4_762_310_656]),
     ("qwen_image", "Qwen/Qwen-Image"): (20_430_401_088, 126_892_531, [8_292_166_656]),
+    ("z_image", "Tongyi-MAI/Z-Image"): (6_154_908_736, 83_819_683, [4_022_468_096]),
 }
 
 
