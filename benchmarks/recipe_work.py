@@ -38,6 +38,8 @@ NAMES = (
     "families/flux_dev_dance",
     "families/flux_dev_mixgrpo",
     "families/qwen_image_window",
+    "families/flux2_dev_sharded",
+    "families/flux2_klein_window",
     "families/z_image_window",
     "families/z_image_turbo_window",
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ray_ddpo.common.diffusion.families.packing import packed
 from tests.tiny_pipeline import save_tiny_pipeline, tiny_tokenizer
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -216,6 +217,63 @@ def save_tiny_z_image(folder: Path, seed: int = 0, **scheduler: object) -> Path:
     return folder
 
 
+FLUX2_TRANSFORMER = {
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 3 * 16,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
+FLUX2_SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True}
+
+
+def save_tiny_flux2(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write the pipeline of dev with a tokenizer in place of a processor. `scheduler` changes its configuration."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
+
+    torch.manual_seed(seed)
+    keys: Any = FLUX2_SCHEDULER | scheduler
+    tokenizer = tiny_mistral_tokenizer()
+    Flux2Pipeline(
+        transformer=Flux2Transformer2DModel(**FLUX2_TRANSFORMER),
+        scheduler=FlowMatchEulerDiscreteScheduler(**keys),
+        vae=_flux2_decoder(),
+        text_encoder=_mistral3(16, len(tokenizer)),
+        tokenizer=tokenizer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def save_tiny_flux2_klein(folder: Path, seed: int = 0, is_distilled: bool = False, **scheduler: object) -> Path:
+    """Write the pipeline of the base, or of the distilled model. `scheduler` changes its configuration."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+
+    torch.manual_seed(seed)
+    keys: Any = FLUX2_SCHEDULER | scheduler
+    tokenizer = tiny_chat_tokenizer(5)
+    Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(**FLUX2_TRANSFORMER, guidance_embeds=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(**keys),
+        vae=_flux2_decoder(),
+        text_encoder=_qwen3(16, len(tokenizer), layers=28, whole=True),
+        tokenizer=tokenizer,
+        is_distilled=is_distilled,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _flux2_decoder() -> Any:
+    """Return a decoder whose batch norm has statistics of its own."""
+    from diffusers import AutoencoderKLFlux2
+
+    vae = AutoencoderKLFlux2(**AUTOENCODER, latent_channels=4)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
 def save_tiny_digits(folder: Path, seed: int = 0) -> Path:
     """Write the network of docs/digits."""
     from digit_transformer import DigitTransformer
@@ -268,11 +326,37 @@ def tiny_chat_tokenizer(length: int) -> Any:
     return tokenizer
 
 
-def _qwen3(width: int, vocabulary: int) -> Any:
-    from transformers import Qwen3Config, Qwen3Model
+def tiny_mistral_tokenizer() -> Any:
+    """Return a tokenizer of letters with a chat template that puts 5 tokens before a prompt, and 1 after it."""
+    from transformers import LlamaTokenizerFast
 
-    keys: Any = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 2, "vocab_size": vocabulary}
-    return Qwen3Model(Qwen3Config(**keys, num_attention_heads=2, num_key_value_heads=1, head_dim=16))
+    letters = ["▁", *(chr(code) for code in range(ord("a"), ord("z") + 1))]
+    names = ("<unk>", "<s>", "</s>", "[SYSTEM]", "[ABOUT]", "[INST]", "[PROMPT]", "[/INST]", *letters)
+    tokenizer: Any = LlamaTokenizerFast(
+        vocab={name: index for index, name in enumerate(names)}, merges=[], add_prefix_space=False
+    )
+    tokenizer.add_special_tokens({"pad_token": "<unk>", "extra_special_tokens": list(names[3:8])})
+    tokenizer.chat_template = "<s>[SYSTEM][ABOUT][INST][PROMPT]{{ messages[1]['content'][0]['text'] }}[/INST]"
+    return tokenizer
+
+
+def _mistral3(width: int, vocabulary: int) -> Any:
+    """Return a model with the 30 layers that the pipeline reads states of."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    text: Any = {"model_type": "mistral", "hidden_size": width, "intermediate_size": width, "num_hidden_layers": 31}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": vocabulary}
+    vision: Any = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
+
+
+def _qwen3(width: int, vocabulary: int, layers: int = 2, whole: bool = False) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+
+    keys: Any = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers}
+    keys |= {"vocab_size": vocabulary, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    return (Qwen3ForCausalLM if whole else Qwen3Model)(Qwen3Config(**keys))
 
 
 def _qwen_vl(width: int, vocabulary: int) -> Any:
@@ -325,6 +409,8 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
     "qwen_image": save_tiny_qwen_image,
+    "flux2": save_tiny_flux2,
+    "flux2_klein": save_tiny_flux2_klein,
     "z_image": save_tiny_z_image,
 }
 FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has them
@@ -342,11 +428,25 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
     "sd3": {"max_sequence_length": 12},
     "flux": {"max_sequence_length": 12, "resolution": 16},
     "qwen_image": {"max_sequence_length": 12, "resolution": 16},
+    "flux2": {"max_sequence_length": 17, "resolution": 16},
+    "flux2_klein": {"max_sequence_length": 17, "resolution": 16},
     "z_image": {"max_sequence_length": 38, "resolution": 16},
 }
 
 
 PACKED = ("flux", "qwen_image")  # families whose pipelines take and give tokens instead of latents
+UNGUIDED = ("flux", "flux2")  # families whose guidance is an input of the network
+WITHOUT_NEGATIVE = (*UNGUIDED, "flux2_klein")  # families whose pipelines take no negative prompt
+
+
+def given_latents(name: str, latents: torch.Tensor) -> torch.Tensor:
+    """Return latents as the family's own pipeline takes them."""
+    return packed(latents) if name in PACKED else latents
+
+
+def shown_latents(name: str, latents: torch.Tensor) -> torch.Tensor:
+    """Return latents as the family's own pipeline shows them after a step."""
+    return latents.flatten(2).transpose(1, 2) if name.startswith("flux2") else given_latents(name, latents)
 
 
 def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str, Any]:
@@ -357,7 +457,7 @@ def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str,
         return {"true_cfg_scale": scale, "negative_prompt": negatives, "max_sequence_length": 12, **size}
     length = KEYS.get(name, {}).get("max_sequence_length")
     text = {} if length is None else {"max_sequence_length": length}
-    if name == "flux":
+    if name in WITHOUT_NEGATIVE:
         return {"guidance_scale": scale, **text, **size}
     text |= size if name == "z_image" else {}
     return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **text}

@@ -8,5 +8,7 @@ POLICIES: Registry = {
     "sd3": "ray_ddpo.common.diffusion.families.sd3:SD3",
     "flux": "ray_ddpo.common.diffusion.families.flux:Flux",
     "qwen_image": "ray_ddpo.common.diffusion.families.qwen_image:QwenImage",
+    "flux2": "ray_ddpo.common.diffusion.families.flux2:Flux2",
+    "flux2_klein": "ray_ddpo.common.diffusion.families.flux2:Flux2Klein",
     "z_image": "ray_ddpo.common.diffusion.families.z_image:ZImage",
 }

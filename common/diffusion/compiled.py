@@ -17,6 +17,8 @@ REPEATED_BLOCKS = (
     "FluxSingleTransformerBlock",
     "QwenImageTransformerBlock",
     "ZImageTransformerBlock",
+    "Flux2TransformerBlock",
+    "Flux2SingleTransformerBlock",
 )
 
 

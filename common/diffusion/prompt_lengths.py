@@ -20,8 +20,9 @@ class TextReader:
 
 
 def tokens_before(tokenizer: Any, template: Callable[[str], str]) -> int:
-    """Return how many tokens a chat template puts before the prompt."""
-    return len(tokenizer(template(MARK).partition(MARK)[0])["input_ids"])
+    """Return how many tokens a chat template puts before the prompt, less those that the tokenizer adds to any text."""
+    before = tokenizer(template(MARK).partition(MARK)[0], add_special_tokens=False)["input_ids"]
+    return len(before) - len(tokenizer("")["input_ids"])
 
 
 def cut_prompts_in_words(

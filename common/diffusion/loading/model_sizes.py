@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ray_ddpo.common.diffusion.loading.model_index import about_model, read_object, text_tower
+from ray_ddpo.common.diffusion.loading.model_index import INDEX, about_model, read_object, text_tower
 from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
 from ray_ddpo.common.diffusion.memory.network_memory import Inputs, count_network
 from ray_ddpo.common.diffusion.memory.network_work import decoder_work
@@ -27,14 +27,18 @@ _counted: dict[tuple[str, str, int, str], PolicySizes] = {}  # by class and keys
 
 
 def read_config(model: str, folder: Path, published: dict[str, Configs], part: str) -> dict[str, Any]:
-    """Return one part's configuration, from a folder, from the architectures known here, or from the hub."""
+    """Return one part's configuration, from a folder, from the architectures known here, or from the hub.
+
+    The part "model_index" is the model's own index.
+    """
+    name = INDEX if part == "model_index" else f"{part}/config.json"
     if folder.is_dir():
         with about_model(model):
-            found = read_object(folder / part / "config.json")
+            found = read_object(folder / name)
         return text_tower(found)
     if model in published:
         return published[model][part]
-    file = file_from_hub(model, f"{part}/config.json", f"policy.model is {model!r}, whose {part}/config.json is needed")
+    file = file_from_hub(model, name, f"policy.model is {model!r}, whose {name} is needed")
     return json.loads(Path(file).read_text())
 
 

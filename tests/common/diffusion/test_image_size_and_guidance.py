@@ -10,7 +10,6 @@ import torch
 
 from ray_ddpo import cli
 from ray_ddpo.common.diffusion import POLICIES
-from ray_ddpo.common.diffusion.families.packing import packed
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories, score
 from ray_ddpo.common.recipe.recipe import Recipe
@@ -18,10 +17,10 @@ from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.deploy.driver.components import build_components
 from tests.accepted_page import assert_accepted, assert_refused
-from tests.tiny_families import MAKERS, PACKED, call_keys, policy_table
+from tests.tiny_families import MAKERS, UNGUIDED, WITHOUT_NEGATIVE, call_keys, given_latents, policy_table
 
 SIZES = {"stable_diffusion": (24, 16), "sdxl": (48, 64), "sd3": (12, 24), "flux": (24, 12), "qwen_image": (24, 12)}
-SIZES |= {"z_image": (24, 12)}
+SIZES |= {"z_image": (24, 12), "flux2": (24, 12), "flux2_klein": (24, 12)}
 OTHER_THAN_EMPTY = ("sdxl", "qwen_image")  # where no negative prompt is given, the one takes zeros, the other a space
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
 
@@ -62,12 +61,12 @@ def ours(config: DiffusersConfig, settings: SamplingTable) -> np.ndarray:
 
 
 def theirs(name: str, pipeline: Any, settings: SamplingTable, shape: tuple[int, ...]) -> np.ndarray:
-    factor = pipeline.vae_scale_factor
+    factor = pipeline.vae_scale_factor * (2 if name.startswith("flux2") else 1)
     noise = next(image_noise(SEEDS, shape))
     keys = call_keys(name, settings.guidance_scale, settings.negative_prompt)
     keys |= {"eta": 0.0} if name in ("stable_diffusion", "sdxl") else {}
     keys |= {"height": factor * shape[1], "width": factor * shape[2], "num_inference_steps": 3}
-    images = pipeline(PROMPTS, latents=packed(noise) if name in PACKED else noise, **keys).images
+    images = pipeline(prompt=PROMPTS, latents=given_latents(name, noise), **keys).images
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
@@ -100,7 +99,7 @@ def test_small_guidance_is_one_pass_with_the_prompt_as_in_diffusers(
     name, model, pipeline = family
     settings = sampling(guidance_scale)
     config = build(POLICIES, policy_table(name, model), "policy")
-    assert config.branches(settings) == (2 if guidance_scale > config.guided_above and name != "flux" else 1)
+    assert config.branches(settings) == (2 if guidance_scale > config.guided_above and name not in UNGUIDED else 1)
     policy_shape = config.sizes(settings, "cpu").latent_shape
     assert_alike(ours(config, settings), theirs(name, pipeline, settings, policy_shape))
     assert_accepted("`guidance_scale` 0, or between 0 and 1")
@@ -113,16 +112,16 @@ def test_a_negative_prompt_leads_away_as_in_diffusers(family: tuple[str, Path, A
     found = {}
     for negative in (None, "", "blurry"):
         settings = sampling(3.0, negative)
-        if name == "flux" and negative:
+        if name in WITHOUT_NEGATIVE and negative:
             with pytest.raises(ValueError) as error:
                 config.check_sampling(settings)
-            assert_refused("a negative prompt for FLUX", str(error.value))
+            assert_refused("a negative prompt for FLUX or FLUX.2", str(error.value))
             continue
         config.check_sampling(settings)
         found[negative] = ours(config, settings)
         assert_alike(found[negative], theirs(name, pipeline, settings, shape))
     assert_accepted("`sampling.negative_prompt` in SD, SDXL and SD3")
-    if name != "flux":
+    if name not in WITHOUT_NEGATIVE:
         assert np.abs(found["blurry"] - found[""]).max() > 1
         assert np.array_equal(found[None], found[""]) == (name not in OTHER_THAN_EMPTY)
 
@@ -147,7 +146,7 @@ def test_one_side_alone_and_a_sample_size_of_two_numbers(tmp_path: Path) -> None
     pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     noise = next(image_noise(SEEDS, policy.latent_shape))
-    images = pipeline(PROMPTS, latents=noise, eta=0.0, num_inference_steps=3, guidance_scale=3.0).images
+    images = pipeline(prompt=PROMPTS, latents=noise, eta=0.0, num_inference_steps=3, guidance_scale=3.0).images
     assert_alike(ours(config, sampling(3.0)), np.stack([np.asarray(image) for image in images]).astype(int))
     assert_accepted("a UNet whose `sample_size` is [height, width]")
 
@@ -171,7 +170,15 @@ def test_a_size_that_cannot_be_made_is_refused_with_the_recipe(
 
 
 def test_units_of_a_size_are_those_of_decoder_and_patch(tmp_path: Path) -> None:
-    for name, unit in {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "qwen_image": 4, "z_image": 4}.items():
+    for name, unit in {
+        "stable_diffusion": 8,
+        "sdxl": 8,
+        "sd3": 4,
+        "flux": 4,
+        "qwen_image": 4,
+        "z_image": 4,
+        "flux2": 4,
+    }.items():
         config = build(POLICIES, policy_table(name, MAKERS[name](tmp_path / name)), "policy")
         assert config.size_unit == unit
     with pytest.raises(ValueError, match=r"policy.height is 28: .* multiples of 8 pixels, such as 24 or 32"):
