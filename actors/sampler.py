@@ -51,7 +51,7 @@ class Sampler:
         self._policy = load_checked(policy, device, sampling, "sampler")
         tried = try_sampling(policy, self._policy, [prompt.text for prompt in tried_on])
         self._image_size = self._policy.image_size() or tried
-        print_cut_prompts(self._policy.text_readers(), checked, sampling)
+        print_cut_prompts(self._policy.text_readers(), checked, sampling, self._policy.guided_above)
         refuse_window_without_noise(self._policy, sampling)
         if sampling.kl_reward:
             refuse_without_adapters(self._policy)

@@ -39,6 +39,10 @@ NAMES = (
     "families/flux_dev_mixgrpo",
     "families/flux_kontext_edit",
     "families/qwen_image_window",
+    "families/flux2_dev_sharded",
+    "families/flux2_klein_window",
+    "families/z_image_window",
+    "families/z_image_turbo_window",
 )
 
 

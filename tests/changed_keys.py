@@ -12,12 +12,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ray_ddpo.common.diffusion import POLICIES
-from ray_ddpo.common.diffusion.families.packing import packed
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
-from tests.tiny_families import PACKED, call_keys, policy_table
+from tests.tiny_families import call_keys, given_latents, policy_table, shown_latents
 
 ABSENT = object()  # the key is taken out of the file
 PROMPTS, SEEDS = ["a cat", "abcdefgh ijklm"], [3, 4]
@@ -122,8 +121,7 @@ def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) ->
     if name in UNETS:
         keys |= {"eta": eta, "generator": [torch.Generator().manual_seed(seed) for seed in SEEDS]}
     else:
-        noise = next(image_noise(SEEDS, latent_shape))
-        keys["latents"] = packed(noise) if name in PACKED else noise
+        keys["latents"] = given_latents(name, next(image_noise(SEEDS, latent_shape)))
 
     def watch(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         seen.append(values["latents"])
@@ -144,7 +142,7 @@ def ours_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Sa
     window = range(num_steps) if name in UNETS and eta else range(0)
     latents = sample_trajectories(policy, PROMPTS, SEEDS, sampling, window).final_latents
     images = policy.decode(latents).numpy().astype(int)
-    return Sampled(packed(latents) if name in PACKED else latents, images)
+    return Sampled(shown_latents(name, latents), images)
 
 
 def network_of(name: str) -> str:

@@ -194,6 +194,72 @@ QWEN_DECODER: dict[str, list[Any]] = {
 }
 QWEN_TEXT: dict[str, list[Any]] = {"tie_word_embeddings": [True], "vision_start_token_id": [3]}
 QWEN_TOKENIZER: dict[str, list[Any]] = {"model_max_length": [20, ABSENT], "padding_side": ["left"], "pad_token": ["!"]}
+FLUX2: dict[str, list[Any]] = {
+    "patch_size": [2],
+    "in_channels": [64, 18],
+    "out_channels": [4, 16],
+    "num_layers": [2],
+    "num_single_layers": [2],
+    "attention_head_dim": [32],
+    "num_attention_heads": [4],
+    "joint_attention_dim": [24],
+    "timestep_guidance_channels": [128],
+    "mlp_ratio": [2.0],
+    "axes_dims_rope": [[8, 4, 2, 2], [4, 4, 4, 8]],
+    "rope_theta": [1000],
+    "eps": [0.01],
+    "guidance_embeds": [True, False],
+    "unknown_key": [1],
+}
+FLUX2_DECODER: dict[str, list[Any]] = {
+    "batch_norm_eps": [0.1, "x"],
+    "patch_size": [[1, 1]],
+    "latent_channels": [8],
+    "block_out_channels": [[8, 16]],
+    "decoder_block_out_channels": [[8, 16]],
+    "layers_per_block": [2],
+    "act_fn": ["gelu"],
+    "use_quant_conv": [False],
+    "use_post_quant_conv": [False],
+    "mid_block_add_attention": [False],
+    "out_channels": [4],
+    "scaling_factor": [0.5],
+}
+Z_IMAGE: dict[str, list[Any]] = {
+    "all_patch_size": [[1], [2, 4]],
+    "all_f_patch_size": [[2]],
+    "in_channels": [8],
+    "dim": [64],
+    "n_layers": [2],
+    "n_refiner_layers": [2],
+    "n_heads": [1],
+    "n_kv_heads": [1],
+    "norm_eps": [0.01],
+    "qk_norm": [False],
+    "cap_feat_dim": [24],
+    "siglip_feat_dim": [16],
+    "rope_theta": [1000.0],
+    "t_scale": [500.0],
+    "axes_dims": [[6, 4, 6]],
+    "axes_lens": [[64, 32, 32], [256, 32, 32]],
+    "unknown_key": [1],
+}
+QWEN3_TEXT: dict[str, list[Any]] = {
+    "hidden_size": [24],
+    "num_hidden_layers": [1, 3],
+    "hidden_act": ["gelu"],
+    "rms_norm_eps": [0.1],
+    "num_key_value_heads": [2],
+    "attention_bias": [True],
+    "vocab_size": [600],
+    "tie_word_embeddings": [True],
+}
+CHAT_TOKENIZER = {
+    "model_max_length": [20, ABSENT],
+    "padding_side": ["left"],
+    "pad_token": ["!"],
+    "chat_template": ["{{ messages[0]['content'] }}!"],
+}
 UNET_PARTS: dict[str, dict[str, list[Any]]] = {"unet": UNET, "scheduler": DDIM, "model_index": INDEX}
 FLOW_PARTS: dict[str, dict[str, list[Any]]] = {
     "vae": DECODER,
@@ -211,6 +277,11 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "flux": FLOW_PARTS | {"transformer": FLUX, "text_encoder_2": T5, "tokenizer_2": T5_TOKENIZER},
     "qwen_image": {"transformer": QWEN_IMAGE, "vae": QWEN_DECODER, "scheduler": FLOW, "text_encoder": QWEN_TEXT}
     | {"tokenizer": QWEN_TOKENIZER},
+    "flux2": {"transformer": FLUX2, "vae": FLUX2_DECODER, "scheduler": FLOW, "tokenizer": CHAT_TOKENIZER},
+    "flux2_klein": {"transformer": FLUX2, "vae": FLUX2_DECODER, "scheduler": FLOW, "text_encoder": QWEN3_TEXT}
+    | {"tokenizer": CHAT_TOKENIZER, "model_index": {"is_distilled": [True, None]}},
+    "z_image": {"transformer": Z_IMAGE, "vae": DECODER, "scheduler": FLOW, "text_encoder": QWEN3_TEXT}
+    | {"tokenizer": CHAT_TOKENIZER},
 }
 EVERY = [
     (name, Change(part, key, value))

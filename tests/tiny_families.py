@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ray_ddpo.common.diffusion.families.packing import packed
 from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -193,6 +194,93 @@ def save_tiny_qwen_image(folder: Path, seed: int = 0, **scheduler: object) -> Pa
     return folder
 
 
+def save_tiny_z_image(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write the pipeline. `scheduler` changes its configuration. The template is 26 tokens before the prompt, 1 after."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[128, 32, 32],
+    )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)  # of a new network it is 0
+    keys: Any = {"shift": 3.0, **scheduler}
+    tokenizer = tiny_chat_tokenizer(26)
+    ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**keys),
+        vae=AutoencoderKL(**FLOW_AUTOENCODER),
+        text_encoder=_qwen3(32, len(tokenizer)),
+        tokenizer=tokenizer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+FLUX2_TRANSFORMER = {
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 3 * 16,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
+FLUX2_SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True}
+
+
+def save_tiny_flux2(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write the pipeline of dev with a tokenizer in place of a processor. `scheduler` changes its configuration."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
+
+    torch.manual_seed(seed)
+    keys: Any = FLUX2_SCHEDULER | scheduler
+    tokenizer = tiny_mistral_tokenizer()
+    Flux2Pipeline(
+        transformer=Flux2Transformer2DModel(**FLUX2_TRANSFORMER),
+        scheduler=FlowMatchEulerDiscreteScheduler(**keys),
+        vae=_flux2_decoder(),
+        text_encoder=_mistral3(16, len(tokenizer)),
+        tokenizer=tokenizer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def save_tiny_flux2_klein(folder: Path, seed: int = 0, is_distilled: bool = False, **scheduler: object) -> Path:
+    """Write the pipeline of the base, or of the distilled model. `scheduler` changes its configuration."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+
+    torch.manual_seed(seed)
+    keys: Any = FLUX2_SCHEDULER | scheduler
+    tokenizer = tiny_chat_tokenizer(5)
+    Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(**FLUX2_TRANSFORMER, guidance_embeds=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(**keys),
+        vae=_flux2_decoder(),
+        text_encoder=_qwen3(16, len(tokenizer), layers=28, whole=True),
+        tokenizer=tokenizer,
+        is_distilled=is_distilled,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _flux2_decoder() -> Any:
+    """Return a decoder whose batch norm has statistics of its own."""
+    from diffusers import AutoencoderKLFlux2
+
+    vae = AutoencoderKLFlux2(**AUTOENCODER, latent_channels=4)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
 def save_tiny_digits(folder: Path, seed: int = 0) -> Path:
     """Write the network of docs/digits."""
     from digit_transformer import DigitTransformer
@@ -235,6 +323,47 @@ def tiny_qwen_tokenizer(template: str, length: int) -> Any:
     pieces = [before[start:stop] for start, stop in itertools.pairwise(edges)]
     tokenizer.add_special_tokens({"extra_special_tokens": [*dict.fromkeys(pieces), after]})
     return tokenizer
+
+
+def tiny_chat_tokenizer(length: int) -> Any:
+    """Return a tokenizer of bytes with a chat template that puts `length` tokens before a prompt, and 1 after it."""
+    tokenizer = tiny_qwen_tokenizer(QWEN_IMAGE_TEMPLATE, length)
+    template = QWEN_IMAGE_TEMPLATE.replace("{}", "{{ message['content'] }}")
+    tokenizer.chat_template = f"{{% for message in messages %}}{template}{{% endfor %}}"
+    return tokenizer
+
+
+def tiny_mistral_tokenizer() -> Any:
+    """Return a tokenizer of letters with a chat template that puts 5 tokens before a prompt, and 1 after it."""
+    from transformers import LlamaTokenizerFast
+
+    letters = ["▁", *(chr(code) for code in range(ord("a"), ord("z") + 1))]
+    names = ("<unk>", "<s>", "</s>", "[SYSTEM]", "[ABOUT]", "[INST]", "[PROMPT]", "[/INST]", *letters)
+    tokenizer: Any = LlamaTokenizerFast(
+        vocab={name: index for index, name in enumerate(names)}, merges=[], add_prefix_space=False
+    )
+    tokenizer.add_special_tokens({"pad_token": "<unk>", "extra_special_tokens": list(names[3:8])})
+    tokenizer.chat_template = "<s>[SYSTEM][ABOUT][INST][PROMPT]{{ messages[1]['content'][0]['text'] }}[/INST]"
+    return tokenizer
+
+
+def _mistral3(width: int, vocabulary: int) -> Any:
+    """Return a model with the 30 layers that the pipeline reads states of."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    text: Any = {"model_type": "mistral", "hidden_size": width, "intermediate_size": width, "num_hidden_layers": 31}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": vocabulary}
+    vision: Any = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
+
+
+def _qwen3(width: int, vocabulary: int, layers: int = 2, whole: bool = False) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+
+    keys: Any = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers}
+    keys |= {"vocab_size": vocabulary, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    return (Qwen3ForCausalLM if whole else Qwen3Model)(Qwen3Config(**keys))
 
 
 def _qwen_vl(width: int, vocabulary: int) -> Any:
@@ -289,6 +418,9 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "flux": save_tiny_flux,
     "flux_kontext": save_tiny_flux_kontext,
     "qwen_image": save_tiny_qwen_image,
+    "flux2": save_tiny_flux2,
+    "flux2_klein": save_tiny_flux2_klein,
+    "z_image": save_tiny_z_image,
 }
 FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has them
     "digits:Digits": save_tiny_digits,
@@ -297,6 +429,7 @@ FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has 
 # Families with a mask get prompts of different lengths, so that their masks differ.
 PROMPTS = {
     "qwen_image": ["a cat", "a calf", "cow"],
+    "z_image": ["a cat", "a long calf", "cow"],  # 32, 38 and 30 tokens with the template, and so 32 and 64 with filling
     "digits:Digits": ["seven", "3", "a two"],
     "shapes:Shapes": ["disc", "ring", "cross"],
 }
@@ -305,17 +438,32 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
     "flux": {"max_sequence_length": 12, "resolution": 16},
     "flux_kontext": {"max_sequence_length": 12, "resolution": 16},
     "qwen_image": {"max_sequence_length": 12, "resolution": 16},
+    "flux2": {"max_sequence_length": 17, "resolution": 16},
+    "flux2_klein": {"max_sequence_length": 17, "resolution": 16},
+    "z_image": {"max_sequence_length": 38, "resolution": 16},
 }
 
 
 SAFETY_CHECKED = ("stable_diffusion", "sd_inpainting")  # families whose pipelines ask for a safety checker
 DDIM_SAMPLED = (*SAFETY_CHECKED, "sdxl")
 PACKED = ("flux", "flux_kontext", "qwen_image")  # families whose pipelines take and give tokens instead of latents
+UNGUIDED = ("flux", "flux_kontext", "flux2")  # families whose guidance is an input of the network
+WITHOUT_NEGATIVE = (*UNGUIDED, "flux2_klein")  # families whose pipelines take no negative prompt
 
 
 def kontext_keys(image: Image.Image) -> dict[str, Any]:
     """Return the arguments with which FLUX Kontext's pipeline takes an input image as it is."""
     return {"image": image, "max_area": image.width * image.height, "_auto_resize": False}
+
+
+def given_latents(name: str, latents: torch.Tensor) -> torch.Tensor:
+    """Return latents as the family's own pipeline takes them."""
+    return packed(latents) if name in PACKED else latents
+
+
+def shown_latents(name: str, latents: torch.Tensor) -> torch.Tensor:
+    """Return latents as the family's own pipeline shows them after a step."""
+    return latents.flatten(2).transpose(1, 2) if name.startswith("flux2") else given_latents(name, latents)
 
 
 def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str, Any]:
@@ -327,11 +475,13 @@ def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str,
     if name == "sd_inpainting":
         blank = {"image": Image.new("RGB", (16, 16)), "mask_image": Image.new("L", (16, 16), 255), **size}
         return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **blank}
-    text = {"max_sequence_length": 12} if name in ("sd3", "flux", "flux_kontext") else {}
-    if name == "flux":
-        return {"guidance_scale": scale, **text, **size}
+    length = KEYS.get(name, {}).get("max_sequence_length")
+    text = {} if length is None else {"max_sequence_length": length}
     if name == "flux_kontext":
         return {"guidance_scale": scale, **text, **size, **kontext_keys(Image.new("RGB", (16, 16)))}
+    if name in WITHOUT_NEGATIVE:
+        return {"guidance_scale": scale, **text, **size}
+    text |= size if name == "z_image" else {}
     return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **text}
 
 

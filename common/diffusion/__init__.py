@@ -10,4 +10,7 @@ POLICIES: Registry = {
     "flux": "ray_ddpo.common.diffusion.families.flux:Flux",
     "flux_kontext": "ray_ddpo.common.diffusion.families.flux:FluxKontext",
     "qwen_image": "ray_ddpo.common.diffusion.families.qwen_image:QwenImage",
+    "flux2": "ray_ddpo.common.diffusion.families.flux2:Flux2",
+    "flux2_klein": "ray_ddpo.common.diffusion.families.flux2:Flux2Klein",
+    "z_image": "ray_ddpo.common.diffusion.families.z_image:ZImage",
 }

@@ -16,6 +16,9 @@ REPEATED_BLOCKS = (
     "FluxTransformerBlock",
     "FluxSingleTransformerBlock",
     "QwenImageTransformerBlock",
+    "ZImageTransformerBlock",
+    "Flux2TransformerBlock",
+    "Flux2SingleTransformerBlock",
 )
 
 

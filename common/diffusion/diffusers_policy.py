@@ -63,6 +63,7 @@ class DiffusersPolicy(Policy):
         self.guidance_scale = sampling.guidance_scale
         self.negative_prompt = sampling.negative_prompt
         self.branches = config.branches(sampling)
+        self.guided_above = config.guided_above
         self.num_steps = sampling.num_steps
         self.latent_shape = config.latent_shape(dict(self.network.config))
         self.steps: DenoisingSteps = self._table(sampling)

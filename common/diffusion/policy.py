@@ -43,6 +43,7 @@ class Policy(OptionalMethods, ABC):
     num_steps: int
     num_train_timesteps: int  # of the model's own schedule
     latent_shape: tuple[int, int, int]  # C, H, W of one image's latents
+    guided_above: float = 1.0  # the largest guidance scale with which the network runs once a step
     merged: MergedAdapters | None = None  # a sampler's, where the recipe has them merged
     graphed: GraphedNetwork | None = None  # the network, if it is replayed as CUDA graphs
     # Rows of the last `decode` whose pixels were no finite numbers before they became uint8; a family need not tell.

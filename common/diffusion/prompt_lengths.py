@@ -1,12 +1,13 @@
 """Find prompts that are longer than a text encoder reads, and prompts that differ only in the truncated part."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.recipe.tables import SamplingTable
 
+MARK = "<prompt>"  # stands for the prompt in a chat template
 SHOWN = 40  # characters of a prompt, and of the text before the cut
 
 
@@ -19,13 +20,23 @@ class TextReader:
     length: int  # tokens that it reads, with those that begin and end a text
 
 
-def print_cut_prompts(readers: Sequence[TextReader], prompts: Sequence[str], sampling: SamplingTable) -> None:
+def print_cut_prompts(
+    readers: Sequence[TextReader], prompts: Sequence[str], sampling: SamplingTable, guided_above: float = 1.0
+) -> None:
     """Print a line if text encoders truncate any of the prompts."""
-    if cut := cut_prompts_in_words(readers, list(dict.fromkeys(prompts)), sampling):
+    if cut := cut_prompts_in_words(readers, list(dict.fromkeys(prompts)), sampling, guided_above):
         print_line(cut)
 
 
-def cut_prompts_in_words(readers: Sequence[TextReader], prompts: Sequence[str], sampling: SamplingTable) -> str | None:
+def tokens_before(tokenizer: Any, template: Callable[[str], str]) -> int:
+    """Return how many tokens a chat template puts before the prompt, less those that the tokenizer adds to any text."""
+    before = tokenizer(template(MARK).partition(MARK)[0], add_special_tokens=False)["input_ids"]
+    return len(before) - len(tokenizer("")["input_ids"])
+
+
+def cut_prompts_in_words(
+    readers: Sequence[TextReader], prompts: Sequence[str], sampling: SamplingTable, guided_above: float = 1.0
+) -> str | None:
     """Return one line about truncated prompts: how many, by which text encoder, and where; None if there are none."""
     if not readers or not prompts:
         return None
@@ -45,10 +56,10 @@ def cut_prompts_in_words(readers: Sequence[TextReader], prompts: Sequence[str], 
             shown = repr(first if len(first) <= SHOWN else f"{first[:SHOWN]}…")
             said.append(f"{_reads(reader)} and cuts {len(found)}, the first, {shown}, after {_end(reader, first)}")
     said += _equal(prompts, ids, rows)
-    if negative and not sampling.is_guided:
+    if negative and sampling.guidance_scale <= guided_above:
         said.append(
             f"sampling.negative_prompt has no effect, sampling.guidance_scale {sampling.guidance_scale:g} is not "
-            "above 1"
+            f"above {guided_above:g}"
         )
         negative = None
     for reader in readers:

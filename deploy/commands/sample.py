@@ -56,7 +56,7 @@ def sample(
         print_line(line)
     folder.mkdir(parents=True, exist_ok=True)
     sampling = recipe.held_out_sampling
-    print_cut_prompts(policy.text_readers(), prompts, sampling)
+    print_cut_prompts(policy.text_readers(), prompts, sampling, policy.guided_above)
     window = evaluation_window(sampling)
     for index, prompt in enumerate(prompts):
         of_prompt = inputs_of(policy, edited[index : index + 1])

@@ -90,7 +90,8 @@ class EvalScorer:
                 print_line(f"{label}: {images} of {count} images sampled{', scores them' if images == count else ''}")
 
         if not self._checked_lengths:
-            print_cut_prompts(policy.text_readers(), [prompt.text for prompt in self.chosen.prompts], self._sampling)
+            texts = [prompt.text for prompt in self.chosen.prompts]
+            print_cut_prompts(policy.text_readers(), texts, self._sampling, policy.guided_above)
         self._checked_lengths = True
         pixels = sample_eval_images(policy, self.chosen, self._sampling, progress)
         scores = self._worker.score(ImageBatch(pixels, self.chosen.prompts)).rewards

@@ -53,6 +53,15 @@ FLOW_AUTOENCODER = AUTOENCODER | {  # SD3 and FLUX
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+QWEN_3_4B: dict[str, Any] = {  # Qwen/Qwen3-4B
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
 QWEN_25_VL_7B: dict[str, Any] = {  # Qwen/Qwen2.5-VL-7B-Instruct
     "vocab_size": 152064,
     "hidden_size": 3584,

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.families.masked_text import masked_rows, with_negative_rows
 from ray_ddpo.common.diffusion.families.packing import PATCH, packed, unpacked
 from ray_ddpo.common.diffusion.families.published_parts import BOTH_STREAMS, QWEN_25_VL_7B
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
@@ -79,18 +79,14 @@ class QwenImagePolicy(DiffusersPolicy):
 
     def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
         rows = self._padded(prompt)
-        if with_negative and self.branches == 2:
-            negative = self.negative_prompt if self.negative_prompt is not None else UNCONDITIONAL
-            rows |= {f"negative_{name}": value for name, value in self._padded(negative).items()}
-        return rows
+        negative = self.negative_prompt if self.negative_prompt is not None else UNCONDITIONAL
+        both = with_negative and self.branches == 2
+        return with_negative_rows(rows, self._padded(negative)) if both else rows
 
     def _padded(self, text: str) -> Conditioning:
-        """Return states and mask of a text, with zeros after its end, so that all prompts have one shape."""
         length = self.config.max_sequence_length
         embeds, _ = self.pipeline.encode_prompt(text, device=self.device, max_sequence_length=length)
-        behind = length - embeds.shape[1]
-        mask = torch.ones(1, embeds.shape[1], device=embeds.device)
-        return {"prompt_embeds": pad(embeds, (0, 0, 0, behind)), "prompt_embeds_mask": pad(mask, (0, behind))}
+        return masked_rows(embeds, length)
 
     def text_readers(self) -> list[TextReader]:
         return [TextReader("text_encoder", self.pipeline.tokenizer, self.config.max_sequence_length)]

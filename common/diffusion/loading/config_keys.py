@@ -22,7 +22,14 @@ INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
 NORMALIZED_PIPELINES = ("QwenImagePipeline",)  # of latents with mean and deviation of each channel
 FLUX_PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
-FLOW_PIPELINES = ("StableDiffusion3Pipeline", *FLUX_PIPELINES, *NORMALIZED_PIPELINES)
+BATCH_NORMALIZED = ("Flux2Pipeline", "Flux2KleinPipeline")  # by the statistics of the decoder's batch norm
+FLOW_PIPELINES = (
+    "StableDiffusion3Pipeline",
+    "ZImagePipeline",
+    *FLUX_PIPELINES,
+    *NORMALIZED_PIPELINES,
+    *BATCH_NORMALIZED,
+)
 INPAINTING = "StableDiffusionInpaintPipeline"  # its network reads the mask and the masked image's latents as well
 # Pipelines that are checked here.
 PIPELINES = ("StableDiffusionPipeline", INPAINTING, "StableDiffusionXLPipeline", *FLOW_PIPELINES)
@@ -41,6 +48,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
         {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "patch_size": 1},
     ),
     "QwenImagePipeline": {"in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584, "patch_size": 2},
+    "Flux2Pipeline": {"in_channels": 128, "joint_attention_dim": 15360, "patch_size": 1},
+    "Flux2KleinPipeline": {"in_channels": 128, "joint_attention_dim": 15360, "patch_size": 1},
+    "ZImagePipeline": {"in_channels": 16, "cap_feat_dim": 2560},
+}
+# The network's key for the width of a language model's states, from how many layers, and transformers' own width.
+LANGUAGE_MODELS = {
+    "QwenImagePipeline": ("joint_attention_dim", 1, 8192),
+    "Flux2Pipeline": ("joint_attention_dim", 3, 4096),
+    "Flux2KleinPipeline": ("joint_attention_dim", 3, 4096),
+    "ZImagePipeline": ("cap_feat_dim", 1, 4096),
 }
 
 
@@ -64,6 +81,8 @@ UNET = (
 )
 RULES: dict[str, tuple[Rule, ...]] = {
     "QwenImagePipeline": (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),),
+    "Flux2KleinPipeline": (Rule("transformer", "guidance_embeds", (False,), GUIDANCE_INPUT),),
+    "ZImagePipeline": (Rule("transformer", "siglip_feat_dim", (None,), IMAGES),),
     **dict.fromkeys(
         ("StableDiffusionPipeline", INPAINTING),
         (*UNET, Rule("unet", "addition_embed_type", (None, "text"), IMAGES)),
@@ -172,6 +191,8 @@ def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
         return
     if _value(config, parts, "vae", "out_channels") != 3:
         yield f"vae/config.json has out_channels={vae['out_channels']!r}: images have 3 channels, red, green and blue"
+    if config.pipeline_class in BATCH_NORMALIZED:
+        return
     shift = vae.get("shift_factor", 0.0 if vae.get("_class_name") == "AutoencoderTiny" else None)
     if adds_shift and shift is None:
         yield f"vae/config.json has no shift_factor, which {config.pipeline_class} adds to latents: write a number"
@@ -232,10 +253,11 @@ def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]
     elif config.pipeline_class in FLUX_PIPELINES:
         width = value_of("text_encoder", "hidden_size")
         wanted.append(("pooled_projection_dim", "hidden_size of text_encoder", width))
-    elif config.pipeline_class == "QwenImagePipeline":
-        keys = parts["text_encoder"]
-        width = (keys.get("text_config") or keys).get("hidden_size", 8192)  # transformers' default
-        wanted.append(("joint_attention_dim", "hidden_size of text_encoder", width))
+    elif config.pipeline_class in LANGUAGE_MODELS:
+        keys, (key, layers, own) = parts["text_encoder"], LANGUAGE_MODELS[config.pipeline_class]
+        width = layers * (keys.get("text_config") or keys).get("hidden_size", own)
+        times = f"{layers} × " if layers > 1 else ""
+        wanted.append((key, f"{times}hidden_size of text_encoder", width))
     else:
         width = sum(value_of(part, "hidden_size") for part in config.text_parts)
         key = "encoder_hid_dim" if parts[network].get("encoder_hid_dim") else "cross_attention_dim"

@@ -42,6 +42,7 @@ class DiffusersConfig(PolicyConfig):
     latent_key: ClassVar[str] = "latent_channels"  # the decoder's, that says how many channels its latents have
     latent_packing: ClassVar[int] = 1  # latents that one of the network's tokens holds
     switches: ClassVar[dict[str, str]] = {}  # parts that the family can do without: the key and value that say so
+    guided_above: ClassVar[float] = 1.0  # the largest guidance scale with which the network runs once a step
     scheduler_class: ClassVar[str | None] = None  # of diffusers, that samples as samplers do; none: the pipeline's own
     takes_negative_prompt: ClassVar[bool] = True
     takes_other_steps: ClassVar[bool] = True
@@ -98,6 +99,10 @@ class DiffusersConfig(PolicyConfig):
         """Return additional arguments for the pipeline's own `from_pretrained`."""
         return {}
 
+    def set_up_network(self, network: Any) -> None:
+        """Prepare a network, loaded or on the meta device, for `network_call`. Most families leave it as it is."""
+        return
+
     @abstractmethod
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
         """Return the function of (network, latents, timesteps, **rows of conditioning) that calls the network."""
@@ -112,7 +117,7 @@ class DiffusersConfig(PolicyConfig):
 
     def branches(self, sampling: SamplingTable) -> int:
         """Return the network's rows per image: 2 with classifier-free guidance, else 1."""
-        return 2 if sampling.is_guided else 1
+        return 2 if sampling.guidance_scale > self.guided_above else 1
 
     def taken_channels(self, latent_channels: int) -> int:
         """Return how many channels the network takes, for latents of so many channels."""
@@ -232,6 +237,7 @@ class DiffusersConfig(PolicyConfig):
             pipeline = load_pipeline(self, role)
             check_keys(self, pipeline)
             network = getattr(pipeline, self.network_name)
+            self.set_up_network(network)
             if role == "sampler":
                 self.set_up_decoder(pipeline.vae)
             if role != "learner" and self.train == "lora":  # text encoders and decoder keep their dtype

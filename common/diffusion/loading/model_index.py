@@ -22,23 +22,34 @@ FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its
     "FluxPipeline": ("flux", "FLUX"),
     "FluxKontextPipeline": ("flux_kontext", "FLUX Kontext"),
     "QwenImagePipeline": ("qwen_image", "Qwen-Image"),
+    "Flux2Pipeline": ("flux2", "FLUX.2"),
+    "Flux2KleinPipeline": ("flux2_klein", "FLUX.2-klein"),
+    "ZImagePipeline": ("z_image", "Z-Image"),
 }
 TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had two for each
     "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "CLIPTextModelWithProjection": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "T5EncoderModel": ("T5Tokenizer", "T5TokenizerFast"),
     "Qwen2_5_VLForConditionalGeneration": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
+    "Qwen3Model": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
+    "Qwen3ForCausalLM": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
+    "Mistral3ForConditionalGeneration": ("PixtralProcessor", "LlamaTokenizer", "LlamaTokenizerFast"),
 }
 VOCABULARIES = {  # tokenizer class → sets of files, one of which it needs
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
     "Qwen2Tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "PixtralProcessor": (("tokenizer.json",),),
+    "LlamaTokenizer": (("tokenizer.json",), ("tokenizer.model",)),
 }
 MODEL_TYPES = {  # text encoder class → allowed model_type; a full CLIP contains a text encoder
     "CLIPTextModel": ("clip_text_model", "clip"),
     "CLIPTextModelWithProjection": ("clip_text_model", "clip"),
     "T5EncoderModel": ("t5",),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl",),
+    "Qwen3Model": ("qwen3",),
+    "Qwen3ForCausalLM": ("qwen3",),
+    "Mistral3ForConditionalGeneration": ("mistral3",),
 }
 
 

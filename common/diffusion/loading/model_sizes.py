@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ray_ddpo.common.diffusion.loading.model_index import about_model, read_object, text_tower
+from ray_ddpo.common.diffusion.loading.model_index import INDEX, about_model, read_object, text_tower
 from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
 from ray_ddpo.common.diffusion.memory.network_memory import Inputs, count_network
 from ray_ddpo.common.diffusion.memory.network_work import decoder_work
@@ -23,18 +23,22 @@ if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 
 Configs = dict[str, dict[str, Any]]  # part name → its configuration
-_counted: dict[tuple[str, str, bool, str], PolicySizes] = {}  # by class and keys, configurations, guidance and device
+_counted: dict[tuple[str, str, int, str], PolicySizes] = {}  # by class and keys, configurations, branches and device
 
 
 def read_config(model: str, folder: Path, published: dict[str, Configs], part: str) -> dict[str, Any]:
-    """Return one part's configuration, from a folder, from the architectures known here, or from the hub."""
+    """Return one part's configuration, from a folder, from the architectures known here, or from the hub.
+
+    The part "model_index" is the model's own index.
+    """
+    name = INDEX if part == "model_index" else f"{part}/config.json"
     if folder.is_dir():
         with about_model(model):
-            found = read_object(folder / part / "config.json")
+            found = read_object(folder / name)
         return text_tower(found)
     if model in published:
         return published[model][part]
-    file = file_from_hub(model, f"{part}/config.json", f"policy.model is {model!r}, whose {part}/config.json is needed")
+    file = file_from_hub(model, name, f"policy.model is {model!r}, whose {name} is needed")
     return json.loads(Path(file).read_text())
 
 
@@ -44,9 +48,9 @@ def model_sizes(
     """Build every part on the meta device and count. `configs` has one configuration per part."""
     # Guidance scale and number of steps do not change a step's memory, so count once and cache.
     keys = f"{type(config).__module__}:{type(config).__qualname__} {config.model_dump_json()}"
-    key = (keys, json.dumps(configs, sort_keys=True), sampling.is_guided, device)
+    key = (keys, json.dumps(configs, sort_keys=True), config.branches(sampling), device)
     if key not in _counted:
-        alike = SamplingTable(guidance_scale=2.0 if sampling.is_guided else 1.0)
+        alike = SamplingTable(guidance_scale=2.0 if config.branches(sampling) == 2 else 0.0)
         _counted[key] = _count(config, json.loads(key[1]), alike, device)
     sizes = _counted[key]
     trajectory = (sampling.num_steps + 1) * math.prod(sizes.latent_shape)  # elements per image
@@ -105,6 +109,7 @@ def meta_parts(config: "DiffusersConfig", configs: Configs) -> dict[str, Any]:
             config.network_name: network_class.from_config(configs[config.network_name]),
             "vae": getattr(diffusers, configs["vae"].get("_class_name", "AutoencoderKL")).from_config(configs["vae"]),
         }
+        config.set_up_network(parts[config.network_name])
         for part, (config_class, model_class) in config.text_parts.items():
             text_config = getattr(transformers, config_class)(**configs[part])
             parts[part] = getattr(transformers, model_class)(text_config)

@@ -160,6 +160,7 @@ def flow_match_table(
     image_tokens: int,
     evenly_spaced: bool,
     sde: FlowSampler | None = None,
+    shift: float | None = None,
 ) -> FlowMatchTable:
     """Return the table for a diffusers scheduler configuration, on the CPU.
 
@@ -173,11 +174,12 @@ def flow_match_table(
         evenly_spaced: whether σ goes in equal steps from 1 to 1/T before the shift, as in FLUX, instead of down to the
             schedule's own minimum.
         sde: the stochastic sampler, as the recipe has it. None: Flow-SDE.
+        shift: μ of dynamic shifting. None: as the configuration interpolates it between numbers of image tokens.
 
     Raises:
         ValueError: The configuration's steps are no flow from noise to the image, or have noise of their own.
     """
-    scheduler, training_sigmas = _scheduler_with_steps(scheduler_config, num_steps, image_tokens, evenly_spaced)
+    scheduler, training_sigmas = _scheduler_with_steps(scheduler_config, num_steps, image_tokens, evenly_spaced, shift)
     sigmas = scheduler.sigmas
     if not sigmas.isfinite().all() or not (sigmas.diff() < 0).all() or sigmas[0] > 1 + 1e-5:
         raise ValueError(
@@ -190,7 +192,7 @@ def flow_match_table(
 
 
 def _scheduler_with_steps(
-    scheduler_config: dict[str, Any], num_steps: int, image_tokens: int, evenly_spaced: bool
+    scheduler_config: dict[str, Any], num_steps: int, image_tokens: int, evenly_spaced: bool, shift: float | None
 ) -> tuple[Any, Tensor]:
     """Return diffusers' scheduler with its steps set, and σ of each of the model's own timesteps.
 
@@ -208,7 +210,8 @@ def _scheduler_with_steps(
             keys["sigmas"] = torch.linspace(1.0, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
         if scheduler.config["use_dynamic_shifting"]:
             shifts = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            keys["mu"] = calculate_shift(image_tokens, *(scheduler.config[key] for key in shifts))
+            interpolated = calculate_shift(image_tokens, *(scheduler.config[key] for key in shifts))
+            keys["mu"] = interpolated if shift is None else shift
         scheduler.set_timesteps(**keys)
     except (TypeError, ZeroDivisionError) as error:  # diffusers raises these on keys that are null or of another type
         given = written_keys(scheduler_config).items()

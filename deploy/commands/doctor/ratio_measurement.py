@@ -69,7 +69,8 @@ def sample_some(recipe: Recipe) -> TrialSample:
         policy = load_checked(components.policy, device, recipe.sampling, "sampler")
         try_sampling(components.policy, policy, tried_on)
         weights = _trained_a_little(policy)
-    cut = cut_prompts_in_words(policy.text_readers(), checked_prompts(components), recipe.sampling)
+    prompts_checked = checked_prompts(components)
+    cut = cut_prompts_in_words(policy.text_readers(), prompts_checked, recipe.sampling, policy.guided_above)
     if components.policy.is_compiled("sampler"):
         policy.compile(recipe.sampling.batch_size)
     policy.load_weights(weights)

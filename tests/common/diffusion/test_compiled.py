@@ -111,10 +111,12 @@ def test_a_network_without_repeated_blocks_is_refused() -> None:
 
 def test_blocks_are_those_of_the_published_networks() -> None:
     from diffusers import (
+        Flux2Transformer2DModel,
         FluxTransformer2DModel,
         QwenImageTransformer2DModel,
         SD3Transformer2DModel,
         UNet2DConditionModel,
+        ZImageTransformer2DModel,
     )
 
     with torch.device("meta"):
@@ -124,6 +126,8 @@ def test_blocks_are_those_of_the_published_networks() -> None:
             SD3Transformer2DModel(num_layers=3),
             FluxTransformer2DModel(num_layers=2, num_single_layers=4),
             QwenImageTransformer2DModel(num_layers=5),
+            Flux2Transformer2DModel(num_layers=1, num_single_layers=6),
+            ZImageTransformer2DModel(n_layers=3),  # and two refiners of 2
         ):
             names = [type(block).__name__ for block in repeated_blocks(network)]
             counts |= {name: names.count(name) for name in names}
@@ -134,6 +138,9 @@ def test_blocks_are_those_of_the_published_networks() -> None:
         "FluxTransformerBlock": 2,
         "FluxSingleTransformerBlock": 4,
         "QwenImageTransformerBlock": 5,
+        "Flux2TransformerBlock": 1,
+        "Flux2SingleTransformerBlock": 6,
+        "ZImageTransformerBlock": 7,
     }
 
 

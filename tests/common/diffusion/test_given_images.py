@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
+from ray_ddpo.common.diffusion.families.flux2 import squares, unsquared
 from ray_ddpo.common.diffusion.given_trajectories import given_trajectories
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.diffusion.rollout import image_noise, score
@@ -54,7 +55,10 @@ def test_latents_are_sampled_from_the_encoders_posterior(policy: DiffusersPolicy
         encoded = policy.vae.encode(pixels.unsqueeze(2) if of_videos else pixels)
     has_posterior = hasattr(encoded, "latent_dist")
     found_noise = noise.unsqueeze(2) if of_videos else noise
+    in_squares = type(policy.vae).__name__ == "AutoencoderKLFlux2"
+    found_noise = unsquared(noise) if in_squares else found_noise
     wanted = encoded.latent_dist.mean + encoded.latent_dist.std * found_noise if has_posterior else encoded.latents
+    wanted = squares(wanted) if in_squares else wanted
     torch.testing.assert_close(policy._unscaled(found), wanted.view_as(found), rtol=1e-4, atol=1e-5)
     without_noise = policy.encode_images(images, torch.zeros_like(noise))
     assert torch.allclose(found, without_noise) != has_posterior

@@ -11,7 +11,6 @@ from PIL import Image
 
 from ray_ddpo import cli
 from ray_ddpo.common.diffusion import POLICIES
-from ray_ddpo.common.diffusion.families.packing import packed
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories, score
 from ray_ddpo.common.recipe.recipe import Recipe
@@ -19,16 +18,29 @@ from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.deploy.driver.components import build_components
 from tests.accepted_page import assert_accepted, assert_refused
-from tests.tiny_families import DDIM_SAMPLED, MAKERS, PACKED, SAFETY_CHECKED, call_keys, kontext_keys, policy_table
+from tests.tiny_families import (
+    DDIM_SAMPLED,
+    MAKERS,
+    SAFETY_CHECKED,
+    UNGUIDED,
+    WITHOUT_NEGATIVE,
+    call_keys,
+    given_latents,
+    kontext_keys,
+    policy_table,
+)
 
 SIZES = {
     "stable_diffusion": (24, 16),
     "sd_inpainting": (24, 16),
-    "flux_kontext": (24, 12),
     "sdxl": (48, 64),
     "sd3": (12, 24),
     "flux": (24, 12),
+    "flux_kontext": (24, 12),
     "qwen_image": (24, 12),
+    "flux2": (24, 12),
+    "flux2_klein": (24, 12),
+    "z_image": (24, 12),
 }
 OTHER_THAN_EMPTY = ("sdxl", "qwen_image")  # where no negative prompt is given, the one takes zeros, the other a space
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
@@ -70,14 +82,14 @@ def ours(config: DiffusersConfig, settings: SamplingTable) -> np.ndarray:
 
 
 def theirs(name: str, pipeline: Any, settings: SamplingTable, shape: tuple[int, ...]) -> np.ndarray:
-    factor = pipeline.vae_scale_factor
+    factor = pipeline.vae_scale_factor * (2 if name.startswith("flux2") else 1)
     noise = next(image_noise(SEEDS, shape))
     keys = call_keys(name, settings.guidance_scale, settings.negative_prompt)
     keys |= {"eta": 0.0} if name in DDIM_SAMPLED else {}
     keys |= {"height": factor * shape[1], "width": factor * shape[2], "num_inference_steps": 3}
     if name == "flux_kontext":
         keys |= kontext_keys(Image.new("RGB", (keys["width"], keys["height"])))
-    images = pipeline(prompt=PROMPTS, latents=packed(noise) if name in PACKED else noise, **keys).images
+    images = pipeline(prompt=PROMPTS, latents=given_latents(name, noise), **keys).images
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
@@ -104,11 +116,13 @@ def test_non_square_images_equal_those_of_diffusers(family: tuple[str, Path, Any
 @pytest.mark.parametrize(
     "guidance_scale", [0.7, *(pytest.param(each, marks=pytest.mark.thorough) for each in (0.0, 1.5))]
 )
-def test_guidance_up_to_one_is_one_pass_with_the_prompt(family: tuple[str, Path, Any], guidance_scale: float) -> None:
+def test_small_guidance_is_one_pass_with_the_prompt_as_in_diffusers(
+    family: tuple[str, Path, Any], guidance_scale: float
+) -> None:
     name, model, pipeline = family
     settings = sampling(guidance_scale)
     config = build(POLICIES, policy_table(name, model), "policy")
-    assert config.branches(settings) == (2 if guidance_scale > 1 and not name.startswith("flux") else 1)
+    assert config.branches(settings) == (2 if guidance_scale > config.guided_above and name not in UNGUIDED else 1)
     policy_shape = config.sizes(settings, "cpu").latent_shape
     assert_alike(ours(config, settings), theirs(name, pipeline, settings, policy_shape))
     assert_accepted("`guidance_scale` 0, or between 0 and 1")
@@ -121,16 +135,16 @@ def test_a_negative_prompt_leads_away_as_in_diffusers(family: tuple[str, Path, A
     found = {}
     for negative in (None, "", "blurry"):
         settings = sampling(3.0, negative)
-        if name.startswith("flux") and negative:
+        if name in WITHOUT_NEGATIVE and negative:
             with pytest.raises(ValueError) as error:
                 config.check_sampling(settings)
-            assert_refused("a negative prompt for FLUX", str(error.value))
+            assert_refused("a negative prompt for FLUX or FLUX.2", str(error.value))
             continue
         config.check_sampling(settings)
         found[negative] = ours(config, settings)
         assert_alike(found[negative], theirs(name, pipeline, settings, shape))
     assert_accepted("`sampling.negative_prompt` in SD, SDXL and SD3")
-    if not name.startswith("flux"):
+    if name not in WITHOUT_NEGATIVE:
         assert np.abs(found["blurry"] - found[""]).max() > 1
         assert np.array_equal(found[None], found[""]) == (name not in OTHER_THAN_EMPTY)
 
@@ -180,7 +194,7 @@ def test_a_size_that_cannot_be_made_is_refused_with_the_recipe(
 
 def test_units_of_a_size_are_those_of_decoder_and_patch(tmp_path: Path) -> None:
     units = {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "flux_kontext": 4, "qwen_image": 4}
-    for name, unit in units.items():
+    for name, unit in (units | {"z_image": 4, "flux2": 4}).items():
         config = build(POLICIES, policy_table(name, MAKERS[name](tmp_path / name)), "policy")
         assert config.size_unit == unit
     with pytest.raises(ValueError, match=r"policy.height is 28: .* multiples of 8 pixels, such as 24 or 32"):

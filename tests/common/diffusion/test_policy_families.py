@@ -23,11 +23,12 @@ from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import (
     DDIM_SAMPLED,
     MAKERS,
-    PACKED,
     SAFETY_CHECKED,
     call_keys,
+    given_latents,
     policy_table,
     save_tiny_flux,
+    save_tiny_flux2_klein,
     save_tiny_sd3,
     save_tiny_sdxl,
 )
@@ -71,8 +72,7 @@ def pipeline_of(family: tuple[str, Path]) -> Any:
 
 
 def pipelines_images(family: tuple[str, Path], pipeline: Any, shape: tuple[int, ...]) -> np.ndarray:
-    noise = next(image_noise(SEEDS, shape))
-    latents = packed(noise) if family[0] in PACKED else noise
+    latents = given_latents(family[0], next(image_noise(SEEDS, shape)))
     keys = call_keys(family[0], 3.0) | ({"eta": 0.0} if family[0] in DDIM_SAMPLED else {})
     images = pipeline(prompt=PROMPTS, latents=latents, num_inference_steps=4, **keys).images
     return np.stack([np.asarray(image) for image in images]).astype(int)
@@ -178,6 +178,24 @@ def test_distilled_guidance_is_an_input_of_the_network_which_runs_once(tmp_path:
         sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING)
     assert {rows for rows, _ in seen} == {2}
     assert [float(guidance[0]) for _, guidance in seen] == [1.0] * 4 + [3.5] * 4
+
+
+def test_a_distilled_klein_ignores_guidance_as_its_pipeline_does(tmp_path: Path) -> None:
+    distilled = "flux2_klein", save_tiny_flux2_klein(tmp_path / "model", is_distilled=True)
+    policy = loaded(config_of(distilled))
+    assert policy.branches == 1 and set(policy.encode(["a cat"])) == {"prompt_embeds"}
+    assert set(policy.config.sizes(SAMPLING, "cpu").conditioning_shape) == {"prompt_embeds"}
+    assert_alike(images(policy), pipelines_images(distilled, pipeline_of(distilled), policy.latent_shape))
+
+
+@pytest.mark.parametrize("num_steps", [2, 5])
+def test_flux2_shifts_its_schedule_by_tokens_and_steps_as_its_pipeline_does(num_steps: int, tmp_path: Path) -> None:
+    model = save_tiny_flux2_klein(tmp_path / "model")
+    config, sampling = config_of(("flux2_klein", model)), SAMPLING.model_copy(update={"num_steps": num_steps})
+    policy, pipeline = config.load("cpu", sampling, "learner"), pipeline_of(("flux2_klein", model))
+    noise = next(image_noise(SEEDS, policy.latent_shape))
+    pipeline(prompt=PROMPTS, latents=noise, num_inference_steps=num_steps, **call_keys("flux2_klein", 1.0))
+    torch.testing.assert_close(policy.steps.timesteps, pipeline.scheduler.timesteps)
 
 
 def test_without_t5_its_embeddings_are_zeros(tmp_path: Path) -> None:

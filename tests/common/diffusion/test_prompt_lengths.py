@@ -21,6 +21,9 @@ EXPECTED = {
     "sd3": {"text_encoder": (8, 3), "text_encoder_2": (8, 3), "text_encoder_3": (12, 2)},
     "flux": {"text_encoder": (8, 3), "text_encoder_2": (12, 2)},
     "qwen_image": {"text_encoder": (12, 2)},
+    "flux2": {"text_encoder": (12, 2)},
+    "flux2_klein": {"text_encoder": (12, 2)},
+    "z_image": {"text_encoder": (12, 2)},  # behind the template
 }
 
 

@@ -1,0 +1,198 @@
+"""Z-Image (Tongyi Lab 2025, arXiv 2511.22699): one stream of image and text tokens, with flow matching."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.families.masked_text import masked_rows, with_negative_rows
+from ray_ddpo.common.diffusion.families.packing import PATCH
+from ray_ddpo.common.diffusion.families.published_parts import FLOW_AUTOENCODER, QWEN_3_4B
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.loading.model_sizes import Configs
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
+from ray_ddpo.common.diffusion.policy import Conditioning
+from ray_ddpo.common.diffusion.prompt_lengths import TextReader, tokens_before
+from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
+from ray_ddpo.common.recipe.tables import SamplingTable
+
+OWN_LATENT_SIZE = 128  # not in the configuration: images of 1024² pixels
+MULTIPLE = 32  # of tokens: diffusers fills image and prompt up to it, with weights of their own that are attended to
+PATCHES = f"{PATCH}-1"  # the network's name of its layers for patches of one frame
+
+# As in the configuration files of Tongyi-MAI/Z-Image and Z-Image-Turbo, which differ in their schedulers only.
+Z_IMAGE: Configs = {
+    "transformer": {
+        "_class_name": "ZImageTransformer2DModel",
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "in_channels": 16,
+        "dim": 3840,
+        "n_layers": 30,
+        "n_refiner_layers": 2,
+        "n_heads": 30,
+        "n_kv_heads": 30,
+        "cap_feat_dim": 2560,
+        "axes_dims": [32, 48, 48],
+        "axes_lens": [1536, 512, 512],
+    },
+    "vae": FLOW_AUTOENCODER | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "text_encoder": QWEN_3_4B,
+}
+
+
+def filled(tokens: int) -> int:
+    """Return the length that diffusers fills a sequence up to."""
+    return -(-tokens // MULTIPLE) * MULTIPLE
+
+
+def call_transformer(
+    network: Any, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, prompt_embeds_mask: Tensor
+) -> Tensor:
+    """Return the velocity prediction per row. The network's time goes from 0 to 1, and it predicts x0 − ε."""
+    return -network(latents, (1000 - timesteps) / 1000, prompt_embeds, prompt_embeds_mask)
+
+
+def forward_padded(
+    network: Any,
+    latents: Float[Tensor, "B C H W"],
+    times: Float[Tensor, "B"],
+    prompt_embeds: Float[Tensor, "B L D"],
+    prompt_embeds_mask: Float[Tensor, "B L"],
+) -> Float[Tensor, "B C H W"]:
+    """Compute what the network's own forward pass does, with prompts padded to one length in place of lists.
+
+    The pass of diffusers has shapes that depend on the prompts of the batch. So would the last bits of each row.
+    """
+    height, width = (side // PATCH for side in latents.shape[-2:])
+    time = network.t_embedder(times * network.t_scale).type_as(latents)
+    is_read, text_places, image_places = _places(prompt_embeds_mask, height, width)
+    image_turns, text_turns = _turns(network, image_places), _turns(network, text_places)
+    image = network.all_x_embedder[PATCHES](_patches(latents))
+    fill = network.x_pad_token.expand(len(latents), filled(height * width) - height * width, -1)
+    image = torch.cat([image, fill.to(image.dtype)], dim=1)
+    image = _through(network, network.noise_refiner, image, None, image_turns, time)
+    text = network.cap_embedder(prompt_embeds)
+    text = torch.where(prompt_embeds_mask.unsqueeze(-1) > 0, text, network.cap_pad_token.to(text.dtype))
+    text = _through(network, network.context_refiner, text, is_read, text_turns)
+    joined, turns = torch.cat([image, text], dim=1), torch.cat([image_turns, text_turns], dim=1)
+    mask = torch.cat([is_read.new_ones(image.shape[:2]), is_read], dim=1)
+    joined = _through(network, network.layers, joined, mask, turns, time)
+    tokens = network.all_final_layer[PATCHES](joined, c=time)[:, : height * width]
+    squares = tokens.unflatten(1, (height, width)).unflatten(-1, (PATCH, PATCH, -1))
+    return squares.permute(0, 5, 1, 3, 2, 4).reshape(latents.shape)
+
+
+def _patches(latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L C4"]:
+    """Return each square of latents as a token, in rows from the top, with the channels of a latent side by side."""
+    squares = latents.unflatten(-1, (-1, PATCH)).unflatten(2, (-1, PATCH))
+    return squares.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def _places(
+    mask: Float[Tensor, "B L"], height: int, width: int
+) -> tuple[Bool[Tensor, "B L"], Int[Tensor, "B L 3"], Int[Tensor, "B L2 3"]]:
+    """Return which text tokens are read, and (frame, row, column) of text and image tokens.
+
+    Text is at frames 1, 2, … with its filling; the image is at the frame behind them, and its filling at 0.
+    """
+    rows, length, device = *mask.shape, mask.device
+    ends = -(-(mask > 0).sum(1, keepdim=True) // MULTIPLE) * MULTIPLE
+    frames = torch.arange(length, device=device)
+    text = torch.nn.functional.pad((frames + 1).unsqueeze(1), (0, 2)).expand(rows, -1, -1)
+    at_row, at_column = (torch.arange(side, device=device) for side in (height, width))
+    grid = torch.stack(torch.meshgrid(at_row, at_column, indexing="ij"), dim=-1).flatten(0, 1).expand(rows, -1, -1)
+    image = torch.cat([(ends + 1).unsqueeze(1).expand(-1, height * width, -1), grid], dim=-1)
+    return frames < ends, text, torch.nn.functional.pad(image, (0, 0, 0, filled(height * width) - height * width))
+
+
+def _turns(network: Any, places: Int[Tensor, "B L 3"]) -> Tensor:
+    """Return the rotary embedding of places, as complex numbers."""
+    return network.rope_embedder(places.flatten(0, 1)).unflatten(0, places.shape[:2])
+
+
+def _through(network: Any, layers: Iterable[nn.Module], tokens: Tensor, *inputs: Tensor | None) -> Tensor:
+    """Return the output of layers, which are computed again in the backward pass if the network checkpoints."""
+    for layer in layers:
+        if network.gradient_checkpointing and torch.is_grad_enabled():
+            tokens = network._gradient_checkpointing_func(layer, tokens, *inputs)
+        else:
+            tokens = layer(tokens, *inputs)
+    return tokens
+
+
+class ZImagePolicy(DiffusersPolicy):
+    """A loaded ZImagePipeline."""
+
+    config: "ZImage"
+
+    def _table(self, sampling: SamplingTable) -> FlowMatchTable:
+        tokens = (self.latent_shape[1] // PATCH) * (self.latent_shape[2] // PATCH)
+        scheduler, steps = self.pipeline.scheduler.config, sampling.num_steps
+        return flow_match_table(scheduler, steps, sampling.eta, tokens, True, sampling.sde).to(self.device)
+
+    def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
+        rows = self._padded(prompt)
+        both = with_negative and self.branches == 2
+        return with_negative_rows(rows, self._padded(self.negative_prompt or "")) if both else rows
+
+    def _padded(self, text: str) -> Conditioning:
+        length = self.config.max_sequence_length
+        (embeds,), _ = self.pipeline.encode_prompt(text, self.device, False, max_sequence_length=length)
+        return masked_rows(embeds.unsqueeze(0), filled(length))
+
+    def text_readers(self) -> list[TextReader]:
+        tokenizer = self.pipeline.tokenizer
+        template = functools.partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+        before = tokens_before(tokenizer, lambda text: template([{"role": "user", "content": text}]))
+        return [TextReader("text_encoder", tokenizer, self.config.max_sequence_length - before)]
+
+    def _combined(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
+        return conditional + guidance_scale * (conditional - unconditional)
+
+
+class ZImage(DiffusersConfig):
+    """Z-Image and Z-Image-Turbo. A guidance scale w is w + 1 in other families."""
+
+    takes_sde: ClassVar[bool] = True
+    guided_above: ClassVar[float] = 0.0
+    policy_class: ClassVar[type[DiffusersPolicy]] = ZImagePolicy
+    pipeline_class: ClassVar[str] = "ZImagePipeline"
+    network_name: ClassVar[str] = "transformer"
+    network_class: ClassVar[str] = "ZImageTransformer2DModel"
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    published: ClassVar[dict[str, Configs]] = dict.fromkeys(("Tongyi-MAI/Z-Image", "Tongyi-MAI/Z-Image-Turbo"), Z_IMAGE)
+
+    lora: LoraSettings = LoraSettings(rank=32, alpha=64)
+    """LoRA adapters that are trained. By default rank 32 on the attention."""
+    max_sequence_length: int = Field(default=512, ge=1, le=992)
+    """Tokens of a prompt and its template that the text encoder reads."""
+
+    @property
+    def text_parts(self) -> dict[str, tuple[str, str]]:
+        return {"text_encoder": ("Qwen3Config", "Qwen3Model")}
+
+    @property
+    def size_unit(self) -> int:
+        return self.scale_factor * PATCH
+
+    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
+        return network_config["in_channels"], *self.latent_sides(OWN_LATENT_SIZE)
+
+    def set_up_network(self, network: Any) -> None:
+        network.forward = functools.partial(forward_padded, network)
+
+    def network_call(self, sampling: SamplingTable) -> NetworkCall:
+        return call_transformer
+
+    def stochastic_steps(self, sampling: SamplingTable) -> int:
+        return sampling.num_steps - 1
+
+    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
+        length = filled(self.max_sequence_length)
+        return {"prompt_embeds": (length, configs["transformer"]["cap_feat_dim"]), "prompt_embeds_mask": (length,)}
