@@ -38,6 +38,7 @@ NAMES = (
     "families/flux_dev_dance",
     "families/flux_dev_mixgrpo",
     "families/qwen_image_window",
+    "families/sana_1600m_window",
 )
 
 

@@ -15,14 +15,13 @@ from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.families.packing import packed
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
-from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.registry import build, component_class
 from ray_ddpo.common.recipe.tables import SamplingTable
-from tests.tiny_families import PACKED, call_keys, policy_table
+from tests.tiny_families import BY_DDIM, PACKED, call_keys, policy_table, take_first_order_steps
 
 ABSENT = object()  # the key is taken out of the file
 PROMPTS, SEEDS = ["a cat", "abcdefgh ijklm"], [3, 4]
 SCALE, STEPS = 3.0, 4
-UNETS = ("stable_diffusion", "sdxl")
 # What diffusers and transformers raise where they refuse a configuration.
 LIBRARY_ERRORS = (
     *(ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, ImportError, AssertionError),
@@ -100,17 +99,19 @@ def _write_weights(model: Path, part: str, keys: dict[str, Any]) -> None:
 
 
 def plain_pipeline(name: str, model: Path) -> Any:
-    """Load the folder with diffusers alone. Schedulers for UNets become DDIM without clipping."""
+    """Load the folder with diffusers alone. Solvers take steps of first order, of DDIM without clipping if of betas."""
     import diffusers
 
     keys = {"safety_checker": None} if name == "stable_diffusion" else {}
     pipeline: Any = getattr(diffusers, config_of(name, model).pipeline_class).from_pretrained(model, **keys)
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.scheduler.config
-    if name in UNETS and not isinstance(pipeline.scheduler, diffusers.DDIMScheduler):
+    if name in BY_DDIM and not isinstance(pipeline.scheduler, diffusers.DDIMScheduler):
         written = json.loads(config_file(model, "scheduler").read_text())
         silent = {} if "clip_sample" in written or "DDPM" in config["_class_name"] else {"clip_sample": False}
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(config, **silent)
+    elif name not in BY_DDIM:
+        take_first_order_steps(name, pipeline)
     return pipeline
 
 
@@ -119,7 +120,7 @@ def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) ->
     pipeline, seen = plain_pipeline(name, model), []
     latent_shape = config_of(name, model).latent_shape(dict(getattr(pipeline, network_of(name)).config))
     keys: dict[str, Any] = {"num_inference_steps": num_steps, **call_keys(name, SCALE)}
-    if name in UNETS:
+    if name in BY_DDIM:
         keys |= {"eta": eta, "generator": [torch.Generator().manual_seed(seed) for seed in SEEDS]}
     else:
         noise = next(image_noise(SEEDS, latent_shape))
@@ -141,14 +142,14 @@ def ours_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Sa
     """
     sampling = SamplingTable(num_steps=num_steps, guidance_scale=SCALE, eta=eta or 1.0)
     policy = config_of(name, model).load("cpu", sampling, "sampler")
-    window = range(num_steps) if name in UNETS and eta else range(0)
+    window = range(num_steps) if name in BY_DDIM and eta else range(0)
     latents = sample_trajectories(policy, PROMPTS, SEEDS, sampling, window).final_latents
     images = policy.decode(latents).numpy().astype(int)
     return Sampled(packed(latents) if name in PACKED else latents, images)
 
 
 def network_of(name: str) -> str:
-    return "unet" if name in UNETS else "transformer"
+    return component_class(POLICIES, name, "policy", DiffusersConfig).network_name
 
 
 def config_of(name: str, model: Path) -> DiffusersConfig:

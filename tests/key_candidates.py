@@ -194,6 +194,76 @@ QWEN_DECODER: dict[str, list[Any]] = {
 }
 QWEN_TEXT: dict[str, list[Any]] = {"tie_word_embeddings": [True], "vision_start_token_id": [3]}
 QWEN_TOKENIZER: dict[str, list[Any]] = {"model_max_length": [20, ABSENT], "padding_side": ["left"], "pad_token": ["!"]}
+SANA: dict[str, list[Any]] = {
+    "in_channels": [8],
+    "out_channels": [8, None, 3],
+    "num_attention_heads": [4],
+    "attention_head_dim": [16],
+    "num_layers": [1],
+    "num_cross_attention_heads": [1],
+    "cross_attention_head_dim": [4],
+    "cross_attention_dim": [24],
+    "caption_channels": [24],
+    "mlp_ratio": [2.0],
+    "dropout": [0.5],
+    "attention_bias": [True],
+    "sample_size": [8],
+    "patch_size": [2],
+    "norm_elementwise_affine": [True],
+    "norm_eps": [0.01],
+    "interpolation_scale": [1],
+    "guidance_embeds": [True],
+    "guidance_embeds_scale": [0.5],
+    "qk_norm": ["rms_norm_across_heads"],
+    "timestep_scale": [0.001],
+    "unknown_key": [1],
+}
+SANA_DECODER: dict[str, list[Any]] = {
+    "in_channels": [1],
+    "latent_channels": [8],
+    "attention_head_dim": [8],
+    "encoder_block_out_channels": [[8, 8], [8, 8, 8, 16]],
+    "decoder_block_out_channels": [[8, 8, 8, 16]],
+    "downsample_block_type": ["pixel_unshuffle"],
+    "upsample_block_type": ["pixel_shuffle"],
+    "decoder_norm_types": ["batch_norm"],
+    "decoder_act_fns": ["relu"],
+    "encoder_out_shortcut": [False],
+    "decoder_in_shortcut": [False],
+    "scaling_factor": [0.5, 0],
+    "shift_factor": [0.3],
+}
+GEMMA_2: dict[str, list[Any]] = {
+    "hidden_size": [24],
+    "num_hidden_layers": [2],
+    "hidden_activation": ["silu"],
+    "rms_norm_eps": [0.1],
+    "query_pre_attn_scalar": [8],
+    "sliding_window": [3],
+    "attention_dropout": [0.5],
+    "attn_logit_softcapping": [1.0, None],
+    "vocab_size": [10, 50],
+    "use_bidirectional_attention": [True],
+}
+FLOW_SOLVER: dict[str, list[Any]] = {
+    "flow_shift": [1.0, 6.0, 0.0, None, ABSENT],
+    "use_flow_sigmas": [False, ABSENT],
+    "prediction_type": ["epsilon", "v_prediction", ABSENT],
+    "num_train_timesteps": [500],
+    "solver_order": [1, 3],
+    "solver_type": ["heun"],
+    "lower_order_final": [False],
+    "euler_at_final": [True],
+    "final_sigmas_type": ["sigma_min"],
+    "timestep_spacing": ["trailing", "leading"],
+    "beta_end": [0.5],
+    "use_karras_sigmas": [True],
+    "use_lu_lambdas": [True],
+    "thresholding": [True],
+    "variance_type": ["learned", "fixed_small"],
+    "use_dynamic_shifting": [True],
+    "algorithm_type": ["sde-dpmsolver++"],
+}
 UNET_PARTS: dict[str, dict[str, list[Any]]] = {"unet": UNET, "scheduler": DDIM, "model_index": INDEX}
 FLOW_PARTS: dict[str, dict[str, list[Any]]] = {
     "vae": DECODER,
@@ -210,6 +280,8 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     | {"tokenizer_3": T5_TOKENIZER},
     "flux": FLOW_PARTS | {"transformer": FLUX, "text_encoder_2": T5, "tokenizer_2": T5_TOKENIZER},
     "qwen_image": {"transformer": QWEN_IMAGE, "vae": QWEN_DECODER, "scheduler": FLOW, "text_encoder": QWEN_TEXT}
+    | {"tokenizer": QWEN_TOKENIZER},
+    "sana": {"transformer": SANA, "vae": SANA_DECODER, "scheduler": FLOW_SOLVER, "text_encoder": GEMMA_2}
     | {"tokenizer": QWEN_TOKENIZER},
 }
 EVERY = [

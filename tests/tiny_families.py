@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tests.tiny_pipeline import save_tiny_pipeline, tiny_tokenizer
+from tests.tiny_text_to_image import save_tiny_sana
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 QWEN_IMAGE_TEMPLATE = (
@@ -280,6 +281,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
     "qwen_image": save_tiny_qwen_image,
+    "sana": save_tiny_sana,
 }
 FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has them
     "digits:Digits": save_tiny_digits,
@@ -287,7 +289,7 @@ FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has 
 }
 # Families with a mask get prompts of different lengths, so that their masks differ.
 PROMPTS = {
-    "qwen_image": ["a cat", "a calf", "cow"],
+    **dict.fromkeys(("qwen_image", "sana"), ["a cat", "a calf", "cow"]),
     "digits:Digits": ["seven", "3", "a two"],
     "shapes:Shapes": ["disc", "ring", "cross"],
 }
@@ -295,9 +297,10 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
     "sd3": {"max_sequence_length": 12},
     "flux": {"max_sequence_length": 12, "resolution": 16},
     "qwen_image": {"max_sequence_length": 12, "resolution": 16},
+    "sana": {"max_sequence_length": 14},
 }
 
-
+BY_DDIM = ("stable_diffusion", "sdxl")  # families that step by DDIM
 PACKED = ("flux", "qwen_image")  # families whose pipelines take and give tokens instead of latents
 
 
@@ -308,9 +311,24 @@ def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str,
         negatives = [" " if negative is None else negative] * 2
         return {"true_cfg_scale": scale, "negative_prompt": negatives, "max_sequence_length": 12, **size}
     text = {"max_sequence_length": 12} if name in ("sd3", "flux") else {}
+    if name == "sana":
+        # Sizes of the model's own list would be taken instead of these.
+        text = {"max_sequence_length": 14, "use_resolution_binning": False, "height": 32, "width": 32}
+        negative = negative or ""
     if name == "flux":
         return {"guidance_scale": scale, **text, **size}
     return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **text}
+
+
+def take_first_order_steps(name: str, pipeline: Any) -> None:
+    """Give a pipeline the scheduler class whose steps without noise are those of samplers."""
+    import diffusers
+
+    if name in BY_DDIM:
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    elif isinstance(pipeline.scheduler, diffusers.DPMSolverMultistepScheduler):
+        keys: Any = {"solver_order": 1, "algorithm_type": "dpmsolver++"}
+        pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **keys)
 
 
 def policy_table(name: str, model: Path, **keys: Any) -> dict[str, Any]:

@@ -8,4 +8,5 @@ POLICIES: Registry = {
     "sd3": "ray_ddpo.common.diffusion.families.sd3:SD3",
     "flux": "ray_ddpo.common.diffusion.families.flux:Flux",
     "qwen_image": "ray_ddpo.common.diffusion.families.qwen_image:QwenImage",
+    "sana": "ray_ddpo.common.diffusion.families.sana:Sana",
 }

@@ -16,6 +16,7 @@ REPEATED_BLOCKS = (
     "FluxTransformerBlock",
     "FluxSingleTransformerBlock",
     "QwenImageTransformerBlock",
+    "SanaTransformerBlock",
 )
 
 

@@ -45,11 +45,7 @@ def call_unet(network: Any, latents: Tensor, timesteps: Tensor, prompt_embeds: T
 class StableDiffusionPolicy(DiffusersPolicy):
     """A loaded StableDiffusionPipeline."""
 
-    def _unscaled(self, latents: Tensor) -> Tensor:
-        return latents / self.vae.config.scaling_factor  # this pipeline ignores shift_factor
-
-    def _scaled(self, latents: Tensor) -> Tensor:
-        return latents * self.vae.config.scaling_factor
+    adds_shift: ClassVar[bool] = False
 
 
 class StableDiffusion(DiffusersConfig):

@@ -21,7 +21,10 @@ Components = Mapping[str, Mapping[str, Any]]  # part name → its keys; model_in
 INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
 NORMALIZED_PIPELINES = ("QwenImagePipeline",)  # of latents with mean and deviation of each channel
-FLOW_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline", *NORMALIZED_PIPELINES)
+SHIFTED_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline")  # of latents with a shift_factor
+VARIANCE_PIPELINES = ("SanaPipeline",)  # of networks that may predict variances too, in channels of their own
+SOLVER_PIPELINES = ("SanaPipeline",)  # of flows whose scheduler may be a solver
+FLOW_PIPELINES = (*SHIFTED_PIPELINES, *NORMALIZED_PIPELINES, "SanaPipeline")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", *FLOW_PIPELINES)  # pipelines that are checked here
 DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent keys
     "unet": {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280},
@@ -35,7 +38,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
     },
     "FluxPipeline": {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "patch_size": 1},
     "QwenImagePipeline": {"in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584, "patch_size": 2},
+    "SanaPipeline": {"in_channels": 32, "out_channels": 32, "caption_channels": 2304},
 }
+
+
+# Pipelines with a language model as text encoder → the network's key for its width, and transformers' default of that.
+LANGUAGE_MODELS = {"QwenImagePipeline": ("joint_attention_dim", 8192), "SanaPipeline": ("caption_channels", 2304)}
 
 
 class Rule(NamedTuple):
@@ -56,7 +64,12 @@ UNET = (
     Rule("unet", "time_cond_proj_dim", (None,), GUIDANCE_INPUT),
     Rule("unet", "encoder_hid_dim_type", (None, "text_proj"), IMAGES),
 )
+COLORS = "images have 3 channels, red, green and blue"
 RULES: dict[str, tuple[Rule, ...]] = {
+    "SanaPipeline": (
+        Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),
+        Rule("vae", "in_channels", (None, 3), COLORS),
+    ),
     "QwenImagePipeline": (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),),
     "StableDiffusionPipeline": (*UNET, Rule("unet", "addition_embed_type", (None, "text"), IMAGES)),
     "StableDiffusionXLPipeline": (
@@ -82,7 +95,8 @@ def check_keys(config: "DiffusersConfig", pipeline: Any = None) -> None:
         for fault in _faults(config, parts):
             raise ValueError(fault)
         if pipeline is None and "scheduler" in parts:
-            check_scheduler(parts[INDEX], parts["scheduler"], config.pipeline_class in FLOW_PIPELINES)
+            name = config.pipeline_class
+            check_scheduler(parts[INDEX], parts["scheduler"], name in FLOW_PIPELINES, name in SOLVER_PIPELINES)
     except ValueError as error:
         raise ValueError(f"policy.model is {config.model!r}: {error}") from None
 
@@ -157,12 +171,12 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
 
 def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     """Yield what is wrong with the decoder's keys. An absent key has the class's default."""
-    vae, adds_shift = parts["vae"], config.pipeline_class in FLOW_PIPELINES
+    vae, adds_shift = parts["vae"], config.pipeline_class in SHIFTED_PIPELINES
     if config.pipeline_class in NORMALIZED_PIPELINES:
         yield from _statistics_faults(config, parts, required=True)
         return
     if _value(config, parts, "vae", "out_channels") != 3:
-        yield f"vae/config.json has out_channels={vae['out_channels']!r}: images have 3 channels, red, green and blue"
+        yield f"vae/config.json has out_channels={vae['out_channels']!r}: {COLORS}"
     shift = vae.get("shift_factor", 0.0 if vae.get("_class_name") == "AutoencoderTiny" else None)
     if adds_shift and shift is None:
         yield f"vae/config.json has no shift_factor, which {config.pipeline_class} adds to latents: write a number"
@@ -202,12 +216,14 @@ def _channel_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
     given = _value(config, parts, network, "out_channels") or taken
     if packed > 1:
         given *= _value(config, parts, network, "patch_size") ** 2
+    if config.pipeline_class in VARIANCE_PIPELINES and parts[network].get("out_channels", taken) is None:
+        yield f"{_file(network)} has out_channels=None, and the pipeline computes with it: write {taken} or {2 * taken}"
     if taken != packed * latents:
         yield (
             f"{_file(network)} has in_channels={taken}, and vae/config.json {config.latent_key}={latents}: the network "
             f"must take {packed * latents} (networks for inpainting, editing or upscaling take more)"
         )
-    if given != taken:
+    if given != taken and not (config.pipeline_class in VARIANCE_PIPELINES and given == 2 * taken):
         keys = ", ".join(f"{key}={parts[network].get(key)!r}" for key in ("out_channels", "patch_size"))
         yield f"{_file(network)} has in_channels={taken} and {keys}: the network must give as much as it takes"
 
@@ -222,10 +238,10 @@ def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]
     elif config.pipeline_class == "FluxPipeline":
         width = value_of("text_encoder", "hidden_size")
         wanted.append(("pooled_projection_dim", "hidden_size of text_encoder", width))
-    elif config.pipeline_class == "QwenImagePipeline":
-        keys = parts["text_encoder"]
-        width = (keys.get("text_config") or keys).get("hidden_size", 8192)  # transformers' default
-        wanted.append(("joint_attention_dim", "hidden_size of text_encoder", width))
+    elif config.pipeline_class in LANGUAGE_MODELS:
+        keys, (key, default) = parts["text_encoder"], LANGUAGE_MODELS[config.pipeline_class]
+        width = (keys.get("text_config") or keys).get("hidden_size", default)
+        wanted.append((key, "hidden_size of text_encoder", width))
     else:
         width = sum(value_of(part, "hidden_size") for part in config.text_parts)
         key = "encoder_hid_dim" if parts[network].get("encoder_hid_dim") else "cross_attention_dim"

@@ -27,6 +27,7 @@ from ray_ddpo.common.trajectory import DTYPES
 
 PIPELINES_UNIT = 8  # pixels: diffusers' pipelines with a UNet take multiples of it, whatever the decoder
 LARGEST_SIDE = 16_384
+LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # of a decoder whose configuration says nothing; others: 1
 
 
 class DiffusersConfig(PolicyConfig):
@@ -126,7 +127,7 @@ class DiffusersConfig(PolicyConfig):
         """Return the pixels per side of one latent. Read from a file, because a learner loads no decoder."""
         config = self.part_config("vae")
         # AutoencoderTiny calls the key differently. Without either key, use diffusers' default for the decoder's class.
-        default = (64,) if config.get("_class_name") != "AutoencoderTiny" else (64,) * 4
+        default = (64,) * LEVELS.get(config.get("_class_name", ""), 1)
         channels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or default
         return 2 ** (len(channels) - 1)
 

@@ -20,23 +20,27 @@ FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its
     "StableDiffusion3Pipeline": ("sd3", "Stable Diffusion 3"),
     "FluxPipeline": ("flux", "FLUX"),
     "QwenImagePipeline": ("qwen_image", "Qwen-Image"),
+    "SanaPipeline": ("sana", "SANA"),
 }
 TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had two for each
     "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "CLIPTextModelWithProjection": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "T5EncoderModel": ("T5Tokenizer", "T5TokenizerFast"),
     "Qwen2_5_VLForConditionalGeneration": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
+    "Gemma2Model": ("GemmaTokenizer", "GemmaTokenizerFast"),
 }
 VOCABULARIES = {  # tokenizer class → sets of files, one of which it needs
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
     "Qwen2Tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "GemmaTokenizer": (("tokenizer.json",), ("tokenizer.model",)),
 }
 MODEL_TYPES = {  # text encoder class → allowed model_type; a full CLIP contains a text encoder
     "CLIPTextModel": ("clip_text_model", "clip"),
     "CLIPTextModelWithProjection": ("clip_text_model", "clip"),
     "T5EncoderModel": ("t5",),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl",),
+    "Gemma2Model": ("gemma2",),
 }
 
 

@@ -113,6 +113,7 @@ def test_blocks_are_those_of_the_published_networks() -> None:
     from diffusers import (
         FluxTransformer2DModel,
         QwenImageTransformer2DModel,
+        SanaTransformer2DModel,
         SD3Transformer2DModel,
         UNet2DConditionModel,
     )
@@ -124,6 +125,7 @@ def test_blocks_are_those_of_the_published_networks() -> None:
             SD3Transformer2DModel(num_layers=3),
             FluxTransformer2DModel(num_layers=2, num_single_layers=4),
             QwenImageTransformer2DModel(num_layers=5),
+            SanaTransformer2DModel(num_layers=6),
         ):
             names = [type(block).__name__ for block in repeated_blocks(network)]
             counts |= {name: names.count(name) for name in names}
@@ -134,6 +136,7 @@ def test_blocks_are_those_of_the_published_networks() -> None:
         "FluxTransformerBlock": 2,
         "FluxSingleTransformerBlock": 4,
         "QwenImageTransformerBlock": 5,
+        "SanaTransformerBlock": 6,
     }
 
 

@@ -20,7 +20,17 @@ from ray_ddpo.common.diffusion.lora.files import lora_file
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
-from tests.tiny_families import MAKERS, PACKED, call_keys, policy_table, save_tiny_flux, save_tiny_sd3, save_tiny_sdxl
+from tests.tiny_families import (
+    BY_DDIM,
+    MAKERS,
+    PACKED,
+    call_keys,
+    policy_table,
+    save_tiny_flux,
+    save_tiny_sd3,
+    save_tiny_sdxl,
+    take_first_order_steps,
+)
 from tests.tiny_policy import scatter
 
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
@@ -54,8 +64,7 @@ def pipeline_of(family: tuple[str, Path]) -> Any:
     pipeline: Any = getattr(diffusers, config_of(family).pipeline_class).from_pretrained(
         family[1], **({"safety_checker": None} if family[0] == "stable_diffusion" else {})
     )
-    if family[0] in ("stable_diffusion", "sdxl"):
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    take_first_order_steps(family[0], pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -63,7 +72,7 @@ def pipeline_of(family: tuple[str, Path]) -> Any:
 def pipelines_images(family: tuple[str, Path], pipeline: Any, shape: tuple[int, ...]) -> np.ndarray:
     noise = next(image_noise(SEEDS, shape))
     latents = packed(noise) if family[0] in PACKED else noise
-    keys = call_keys(family[0], 3.0) | ({"eta": 0.0} if family[0] in ("stable_diffusion", "sdxl") else {})
+    keys = call_keys(family[0], 3.0) | ({"eta": 0.0} if family[0] in BY_DDIM else {})
     images = pipeline(PROMPTS, latents=latents, num_inference_steps=4, **keys).images
     return np.stack([np.asarray(image) for image in images]).astype(int)
 

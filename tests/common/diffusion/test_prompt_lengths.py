@@ -21,6 +21,7 @@ EXPECTED = {
     "sd3": {"text_encoder": (8, 3), "text_encoder_2": (8, 3), "text_encoder_3": (12, 2)},
     "flux": {"text_encoder": (8, 3), "text_encoder_2": (12, 2)},
     "qwen_image": {"text_encoder": (12, 2)},
+    "sana": {"text_encoder": (13, 2)},
 }
 
 

@@ -40,6 +40,8 @@ PUBLISHED = {  # parameters of the network, of its decoder and of its text encod
     ),
     ("flux", "black-forest-labs/FLUX.1-dev"): (11_901_408_320, 83_819_683, [123_060_480, 4_762_310_656]),
     ("qwen_image", "Qwen/Qwen-Image"): (20_430_401_088, 126_892_531, [8_292_166_656]),
+    # The files on the hub have 3.21 GB in half precision, 1.25 GB in float32 and 5.23 GB in half precision.
+    ("sana", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"): (1_604_462_752, 312_250_275, [2_614_341_888]),
 }
 
 
