@@ -39,6 +39,7 @@ NAMES = (
     "families/flux_dev_mixgrpo",
     "families/qwen_image_window",
     "families/sana_1600m_window",
+    "families/pixart_sigma_aesthetic",
 )
 
 

@@ -194,6 +194,30 @@ QWEN_DECODER: dict[str, list[Any]] = {
 }
 QWEN_TEXT: dict[str, list[Any]] = {"tie_word_embeddings": [True], "vision_start_token_id": [3]}
 QWEN_TOKENIZER: dict[str, list[Any]] = {"model_max_length": [20, ABSENT], "padding_side": ["left"], "pad_token": ["!"]}
+PIXART: dict[str, list[Any]] = {
+    "in_channels": [8],
+    "out_channels": [4, None, 3],
+    "num_attention_heads": [4],
+    "attention_head_dim": [4],
+    "num_layers": [1],
+    "dropout": [0.5],
+    "norm_num_groups": [4],
+    "cross_attention_dim": [24],
+    "attention_bias": [False],
+    "sample_size": [4, 16],
+    "patch_size": [1, 4],
+    "activation_fn": ["geglu"],
+    "num_embeds_ada_norm": [500, None],
+    "upcast_attention": [True],
+    "norm_type": ["ada_norm_zero"],
+    "norm_elementwise_affine": [True],
+    "norm_eps": [0.01],
+    "interpolation_scale": [1, None],
+    "use_additional_conditions": [True, None],
+    "caption_channels": [24, None],
+    "attention_type": ["gated"],
+    "unknown_key": [1],
+}
 SANA: dict[str, list[Any]] = {
     "in_channels": [8],
     "out_channels": [8, None, 3],
@@ -281,6 +305,8 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "flux": FLOW_PARTS | {"transformer": FLUX, "text_encoder_2": T5, "tokenizer_2": T5_TOKENIZER},
     "qwen_image": {"transformer": QWEN_IMAGE, "vae": QWEN_DECODER, "scheduler": FLOW, "text_encoder": QWEN_TEXT}
     | {"tokenizer": QWEN_TOKENIZER},
+    "pixart_sigma": {"transformer": PIXART, "vae": DECODER, "scheduler": DDIM, "text_encoder": T5}
+    | {"tokenizer": T5_TOKENIZER},
     "sana": {"transformer": SANA, "vae": SANA_DECODER, "scheduler": FLOW_SOLVER, "text_encoder": GEMMA_2}
     | {"tokenizer": QWEN_TOKENIZER},
 }

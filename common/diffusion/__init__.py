@@ -8,5 +8,6 @@ POLICIES: Registry = {
     "sd3": "ray_ddpo.common.diffusion.families.sd3:SD3",
     "flux": "ray_ddpo.common.diffusion.families.flux:Flux",
     "qwen_image": "ray_ddpo.common.diffusion.families.qwen_image:QwenImage",
+    "pixart_sigma": "ray_ddpo.common.diffusion.families.pixart_sigma:PixArtSigma",
     "sana": "ray_ddpo.common.diffusion.families.sana:Sana",
 }

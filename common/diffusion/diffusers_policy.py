@@ -15,7 +15,7 @@ from ray_ddpo.common.diffusion.graphed import CudaRecorder, GraphedNetwork, Reco
 from ray_ddpo.common.diffusion.guidance import extrapolated, guided, join_branches
 from ray_ddpo.common.diffusion.host_loading import has_unread, loads_on_host
 from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters, compute_adapters_in
-from ray_ddpo.common.diffusion.lora.diffusers_format import load_any_lora, loadable_encoders
+from ray_ddpo.common.diffusion.lora.diffusers_format import load_any_lora, loadable_encoders, save_for_peft
 from ray_ddpo.common.diffusion.lora.files import LoraFile
 from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.network_storage import network_format, store_in_dtype
@@ -277,7 +277,10 @@ class DiffusersPolicy(Policy):
         return (latents if self._shift is None else latents - self._shift) * self.vae.config.scaling_factor
 
     def save(self, folder: Path) -> Path:
-        return save_trained(self.network, self.config.train, self.config.lora, folder, self.config.network_name)
+        path = save_trained(self.network, self.config.train, self.config.lora, folder, self.config.network_name)
+        if self.config.train == "lora" and not self.config.takes_diffusers_lora:
+            save_for_peft(path)
+        return path
 
     def restore(self, path: Path) -> None:
         restore_trained(self.network, self.config.train, path)

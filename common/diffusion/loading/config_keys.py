@@ -22,10 +22,14 @@ INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
 NORMALIZED_PIPELINES = ("QwenImagePipeline",)  # of latents with mean and deviation of each channel
 SHIFTED_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline")  # of latents with a shift_factor
-VARIANCE_PIPELINES = ("SanaPipeline",)  # of networks that may predict variances too, in channels of their own
+VARIANCE_PIPELINES = (
+    "SanaPipeline",
+    "PixArtSigmaPipeline",
+)  # of networks that may predict variances too, in channels of their own
 SOLVER_PIPELINES = ("SanaPipeline",)  # of flows whose scheduler may be a solver
 FLOW_PIPELINES = (*SHIFTED_PIPELINES, *NORMALIZED_PIPELINES, "SanaPipeline")
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", *FLOW_PIPELINES)  # pipelines that are checked here
+DDIM_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline")
+PIPELINES = (*DDIM_PIPELINES, *FLOW_PIPELINES)  # pipelines that are checked here
 DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent keys
     "unet": {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280},
     "vae": {"latent_channels": 4, "out_channels": 3, "z_dim": 16},
@@ -39,11 +43,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
     "FluxPipeline": {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "patch_size": 1},
     "QwenImagePipeline": {"in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584, "patch_size": 2},
     "SanaPipeline": {"in_channels": 32, "out_channels": 32, "caption_channels": 2304},
+    "PixArtSigmaPipeline": {"in_channels": 4, "out_channels": 8},
 }
 
 
-# Pipelines with a language model as text encoder → the network's key for its width, and transformers' default of that.
-LANGUAGE_MODELS = {"QwenImagePipeline": ("joint_attention_dim", 8192), "SanaPipeline": ("caption_channels", 2304)}
+# Pipelines with a single text encoder → the network's key for its width, its own key, and transformers' default of that.
+SINGLE_ENCODERS = {
+    "QwenImagePipeline": ("joint_attention_dim", "hidden_size", 8192),
+    "SanaPipeline": ("caption_channels", "hidden_size", 2304),
+    "PixArtSigmaPipeline": ("caption_channels", "d_model", 512),
+}
 
 
 class Rule(NamedTuple):
@@ -102,9 +111,9 @@ def check_keys(config: "DiffusersConfig", pipeline: Any = None) -> None:
 
 
 def check_steps(config: "DiffusersConfig", sampling: SamplingTable) -> None:
-    """Raise ValueError if the schedule in a UNet's folder has no such steps, as far as files tell."""
+    """Raise ValueError if the schedule in a folder has no such steps of DDIM, as far as files tell."""
     parts = configuration_files(config)
-    if config.pipeline_class in PIPELINES and config.pipeline_class not in FLOW_PIPELINES and "scheduler" in parts:
+    if config.pipeline_class in DDIM_PIPELINES and "scheduler" in parts:
         from ray_ddpo.common.diffusion.schedulers.ddim import ddim_table
 
         ddim_table(as_loaded(parts[INDEX], parts["scheduler"])[0], sampling.num_steps, sampling.eta, "cpu")
@@ -231,6 +240,7 @@ def _channel_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
 def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     """Yield disagreements between the widths that the network takes and those that the text encoders give."""
     network, value_of = config.network_name, lambda part, key: _value(config, parts, part, key)
+    single = SINGLE_ENCODERS.get(config.pipeline_class)
     wanted: list[tuple[str, str, int]] = []  # the network's key, what must have this width, its width
     if config.pipeline_class == "StableDiffusion3Pipeline":
         pooled = value_of("text_encoder", "projection_dim") + value_of("text_encoder_2", "projection_dim")
@@ -238,15 +248,15 @@ def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]
     elif config.pipeline_class == "FluxPipeline":
         width = value_of("text_encoder", "hidden_size")
         wanted.append(("pooled_projection_dim", "hidden_size of text_encoder", width))
-    elif config.pipeline_class in LANGUAGE_MODELS:
-        keys, (key, default) = parts["text_encoder"], LANGUAGE_MODELS[config.pipeline_class]
-        width = (keys.get("text_config") or keys).get("hidden_size", default)
-        wanted.append((key, "hidden_size of text_encoder", width))
+    elif single:
+        keys, (key, own, default) = parts["text_encoder"], single
+        wanted.append((key, f"{own} of text_encoder", (keys.get("text_config") or keys).get(own, default)))
     else:
         width = sum(value_of(part, "hidden_size") for part in config.text_parts)
         key = "encoder_hid_dim" if parts[network].get("encoder_hid_dim") else "cross_attention_dim"
         wanted.append((key, "hidden_size of the text encoders", width))
-    if t5 := next((part for part, (_, made) in config.text_parts.items() if made == "T5EncoderModel"), None):
+    t5s = () if single else (part for part, (_, made) in config.text_parts.items() if made == "T5EncoderModel")
+    for t5 in t5s:
         wanted.append(("joint_attention_dim", f"d_model of {t5}", value_of(t5, "d_model")))
     if config.pipeline_class == "StableDiffusionXLPipeline":
         width = 6 * (parts[network].get("addition_time_embed_dim") or 0) + value_of("text_encoder_2", "projection_dim")

@@ -37,12 +37,14 @@ class DiffusersConfig(PolicyConfig):
     pipeline_class: ClassVar[str]  # of diffusers
     network_name: ClassVar[str]  # of the part that is trained
     network_class: ClassVar[str]
+    legacy_network_classes: ClassVar[tuple[str, ...]] = ()  # names in older folders, which diffusers still reads
     tokenizers: ClassVar[tuple[str, ...]]
     decoder_classes: ClassVar[tuple[str, ...]] = ("AutoencoderKL", "AutoencoderTiny")
     latent_key: ClassVar[str] = "latent_channels"  # the decoder's, that says how many channels its latents have
     latent_packing: ClassVar[int] = 1  # latents that one of the network's tokens holds
     switches: ClassVar[dict[str, str]] = {}  # parts that the family can do without: the key and value that say so
     scheduler_class: ClassVar[str | None] = None  # of diffusers, that samples as samplers do; none: the pipeline's own
+    takes_diffusers_lora: ClassVar[bool] = True  # whether diffusers loads LoRAs into it; if not, PEFT does
     takes_negative_prompt: ClassVar[bool] = True
     takes_other_steps: ClassVar[bool] = True
     takes_images: ClassVar[bool] = True

@@ -21,6 +21,7 @@ FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its
     "FluxPipeline": ("flux", "FLUX"),
     "QwenImagePipeline": ("qwen_image", "Qwen-Image"),
     "SanaPipeline": ("sana", "SANA"),
+    "PixArtSigmaPipeline": ("pixart_sigma", "PixArt-Sigma"),
 }
 TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had two for each
     "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),
@@ -62,7 +63,7 @@ def known_parts(config: "DiffusersConfig", role: str = "sampler") -> dict[str, P
     if role == "decoder":
         return {"vae": PartClass("model", "diffusers", config.decoder_classes)}
     found = {
-        config.network_name: PartClass("model", "diffusers", (config.network_class,)),
+        config.network_name: PartClass("model", "diffusers", (config.network_class, *config.legacy_network_classes)),
         "scheduler": PartClass("scheduler", "diffusers"),
     }
     if role != "sampler":

@@ -84,7 +84,7 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     written, name = written_keys(config), config.get("_class_name")
     if name is not None:
-        _check_class(name, CARRIED, "policy.name is a family of UNets, which steps by DDIM")
+        _check_class(name, CARRIED, "policy.name is a family that steps by DDIM")
     _check_allowed(name, written, ALLOWED)
     _check_absent(name, written)
     _check_numbers(name, written)

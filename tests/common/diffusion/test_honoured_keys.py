@@ -113,6 +113,15 @@ REFUSED: dict[str, tuple[str, Change]] = {
         "stable_diffusion",
         Change("vae", "scaling_factor", 0),
     ),
+    "another scheduler of SANA than one of a flow": ("sana", Change("scheduler", "use_flow_sigmas", False)),
+    "a solver of SANA with noise levels or predictions of another kind": (
+        "sana",
+        Change("scheduler", "prediction_type", "epsilon"),
+    ),
+    "`out_channels` null in a transformer that may predict variances": (
+        "pixart_sigma",
+        Change("transformer", "out_channels", None),
+    ),
     "a network whose `sample_size` is no size": ("stable_diffusion", Change("unet", "sample_size", "8")),
     "`beta_start` or `beta_end` that is no number, or below 0": (
         "stable_diffusion",

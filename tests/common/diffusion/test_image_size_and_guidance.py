@@ -27,6 +27,7 @@ SIZES = {
     "flux": (24, 12),
     "qwen_image": (24, 12),
     "sana": (64, 32),
+    "pixart_sigma": (48, 32),
 }
 OTHER_THAN_EMPTY = ("sdxl", "qwen_image")  # where no negative prompt is given, the one takes zeros, the other a space
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
@@ -174,7 +175,7 @@ def test_a_size_that_cannot_be_made_is_refused_with_the_recipe(
 
 
 def test_units_of_a_size_are_those_of_decoder_and_patch(tmp_path: Path) -> None:
-    units = {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "qwen_image": 4, "sana": 32}
+    units = {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "qwen_image": 4, "sana": 32, "pixart_sigma": 16}
     for name, unit in units.items():
         config = build(POLICIES, policy_table(name, MAKERS[name](tmp_path / name)), "policy")
         assert config.size_unit == unit

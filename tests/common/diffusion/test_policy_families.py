@@ -25,6 +25,7 @@ from tests.tiny_families import (
     MAKERS,
     PACKED,
     call_keys,
+    load_lora,
     policy_table,
     save_tiny_flux,
     save_tiny_sd3,
@@ -100,7 +101,7 @@ def test_a_lora_loads_in_plain_diffusers_and_gives_the_same_images(family: tuple
     assert settings is not None and settings.rank == policy.config.lora.rank
     assert set(settings.target_modules) == set(policy.config.lora.target_modules)
     pipeline = pipeline_of(family)
-    pipeline.load_lora_weights(tmp_path / "lora")
+    load_lora(pipeline, tmp_path / "lora")
     assert_alike(after, pipelines_images(family, pipeline, policy.latent_shape))
 
 

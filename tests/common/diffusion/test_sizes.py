@@ -42,6 +42,8 @@ PUBLISHED = {  # parameters of the network, of its decoder and of its text encod
     ("qwen_image", "Qwen/Qwen-Image"): (20_430_401_088, 126_892_531, [8_292_166_656]),
     # The files on the hub have 3.21 GB in half precision, 1.25 GB in float32 and 5.23 GB in half precision.
     ("sana", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"): (1_604_462_752, 312_250_275, [2_614_341_888]),
+    # The network's file on the hub has 2,443,492,488 bytes in float32, 68,104 of them its header.
+    ("pixart_sigma", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"): (610_856_096, 83_653_863, [4_762_310_656]),
 }
 
 
