@@ -43,6 +43,8 @@ NAMES = (
     "families/flux2_klein_window",
     "families/z_image_window",
     "families/z_image_turbo_window",
+    "families/sana_1600m_window",
+    "families/pixart_sigma_aesthetic",
 )
 
 

@@ -1,5 +1,6 @@
 """Models with one configuration key changed, and plain diffusers' results with them as expected values."""
 
+import functools
 import json
 import shutil
 from collections.abc import Iterable
@@ -14,14 +15,13 @@ from huggingface_hub.errors import StrictDataclassError
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
-from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.registry import build, component_class
 from ray_ddpo.common.recipe.tables import SamplingTable
-from tests.tiny_families import call_keys, given_latents, policy_table, shown_latents
+from tests.tiny_families import BY_DDIM, call_keys, given_latents, policy_table, shown_latents, take_first_order_steps
 
 ABSENT = object()  # the key is taken out of the file
 PROMPTS, SEEDS = ["a cat", "abcdefgh ijklm"], [3, 4]
 SCALE, STEPS = 3.0, 4
-UNETS = ("stable_diffusion", "sdxl")
 # What diffusers and transformers raise where they refuse a configuration.
 LIBRARY_ERRORS = (
     *(ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, ImportError, AssertionError),
@@ -99,17 +99,19 @@ def _write_weights(model: Path, part: str, keys: dict[str, Any]) -> None:
 
 
 def plain_pipeline(name: str, model: Path) -> Any:
-    """Load the folder with diffusers alone. Schedulers for UNets become DDIM without clipping."""
+    """Load the folder with diffusers alone. Solvers take steps of first order, of DDIM without clipping if of betas."""
     import diffusers
 
     keys = {"safety_checker": None} if name == "stable_diffusion" else {}
     pipeline: Any = getattr(diffusers, config_of(name, model).pipeline_class).from_pretrained(model, **keys)
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.scheduler.config
-    if name in UNETS and not isinstance(pipeline.scheduler, diffusers.DDIMScheduler):
+    if name in BY_DDIM and not isinstance(pipeline.scheduler, diffusers.DDIMScheduler):
         written = json.loads(config_file(model, "scheduler").read_text())
         silent = {} if "clip_sample" in written or "DDPM" in config["_class_name"] else {"clip_sample": False}
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(config, **silent)
+    elif name not in BY_DDIM:
+        take_first_order_steps(name, pipeline)
     return pipeline
 
 
@@ -118,16 +120,20 @@ def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) ->
     pipeline, seen = plain_pipeline(name, model), []
     latent_shape = config_of(name, model).latent_shape(dict(getattr(pipeline, network_of(name)).config))
     keys: dict[str, Any] = {"num_inference_steps": num_steps, **call_keys(name, SCALE)}
-    if name in UNETS:
+    if name in BY_DDIM:
         keys |= {"eta": eta, "generator": [torch.Generator().manual_seed(seed) for seed in SEEDS]}
     else:
         keys["latents"] = given_latents(name, next(image_noise(SEEDS, latent_shape)))
 
-    def watch(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        seen.append(values["latents"])
-        return values
+    step = pipeline.scheduler.step
 
-    images = pipeline(prompt=PROMPTS, callback_on_step_end=watch, **keys).images
+    @functools.wraps(step)  # pipelines look at its arguments
+    def watch(*given: Any, **named: Any) -> Any:
+        seen.append(step(*given, **named)[0])
+        return (seen[-1],)
+
+    pipeline.scheduler.step = watch
+    images = pipeline(prompt=PROMPTS, **keys).images
     return Sampled(seen[-1], np.stack([np.asarray(image) for image in images]).astype(int))
 
 
@@ -139,14 +145,14 @@ def ours_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Sa
     """
     sampling = SamplingTable(num_steps=num_steps, guidance_scale=SCALE, eta=eta or 1.0)
     policy = config_of(name, model).load("cpu", sampling, "sampler")
-    window = range(num_steps) if name in UNETS and eta else range(0)
+    window = range(num_steps) if name in BY_DDIM and eta else range(0)
     latents = sample_trajectories(policy, PROMPTS, SEEDS, sampling, window).final_latents
     images = policy.decode(latents).numpy().astype(int)
     return Sampled(shown_latents(name, latents), images)
 
 
 def network_of(name: str) -> str:
-    return "unet" if name in UNETS else "transformer"
+    return component_class(POLICIES, name, "policy", DiffusersConfig).network_name
 
 
 def config_of(name: str, model: Path) -> DiffusersConfig:

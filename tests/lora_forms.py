@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 TransitionIndex = tuple[Tensor, Tensor]
 UNETS = ("stable_diffusion", "sdxl")
-ALL = (*UNETS, "sd3", "flux")
+WITHOUT_TEXT = ("sana",)  # families whose text encoders diffusers adapts not
+ALL = (*UNETS, "sd3", "flux", *WITHOUT_TEXT)
 ENDS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out")
 
 
@@ -182,7 +183,7 @@ FORMS: dict[str, tuple[Callable[[Any, str, Path], Path], tuple[str, ...]]] = {
     "patterns": (patterns, ALL),
     "dora": (dora, ALL),
     "peft": (peft_folder, ALL),
-    "text_encoders": (with_text_encoders, ALL),
+    "text_encoders": (with_text_encoders, tuple(name for name in ALL if name not in WITHOUT_TEXT)),
     "kohya": (kohya, UNETS),
     "kohya_sgm": (kohya_sgm, ("sdxl",)),
     "kohya_flux": (kohya_double_blocks, ("flux",)),

@@ -10,6 +10,13 @@ from PIL import Image
 
 from ray_ddpo.common.diffusion.families.packing import packed
 from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
+from tests.tiny_text_to_image import (
+    EIGHTFOLD,
+    save_tiny_pixart_sigma,
+    save_tiny_sana,
+    tiny_t5,
+    tiny_t5_tokenizer,
+)
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 QWEN_IMAGE_TEMPLATE = (
@@ -22,11 +29,6 @@ AUTOENCODER = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "norm_num_groups": 4,
-}
-EIGHTFOLD = AUTOENCODER | {  # 8 × 8 pixels of a latent, which SDXL is told of
-    "block_out_channels": (8,) * 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
 FLOW_AUTOENCODER = AUTOENCODER | {
     "latent_channels": 4,
@@ -104,7 +106,7 @@ def save_tiny_sd3(folder: Path, seed: int = 0, **scheduler: object) -> Path:
         tokenizer=tiny_tokenizer(),
         text_encoder_2=_clip(24, with_projection=True),
         tokenizer_2=tiny_tokenizer(),
-        text_encoder_3=_t5(48),
+        text_encoder_3=tiny_t5(48),
         tokenizer_3=tiny_t5_tokenizer(),
     ).save_pretrained(folder, safe_serialization=True)
     return folder
@@ -135,7 +137,7 @@ def save_tiny_flux(folder: Path, seed: int = 0, pipeline: str = "FluxPipeline", 
         vae=AutoencoderKL(**FLOW_AUTOENCODER),
         text_encoder=_clip(16, with_projection=False),
         tokenizer=tiny_tokenizer(),
-        text_encoder_2=_t5(32),
+        text_encoder_2=tiny_t5(32),
         tokenizer_2=tiny_t5_tokenizer(),
     ).save_pretrained(folder, safe_serialization=True)
     return folder
@@ -302,15 +304,6 @@ def save_tiny_shapes(folder: Path, seed: int = 0) -> Path:
     return folder / "shapes.pt"
 
 
-def tiny_t5_tokenizer(max_length: int = 12) -> Any:
-    """Return a tokenizer whose tokens are letters."""
-    from transformers import T5TokenizerFast
-
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in letters)]
-    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=max_length)
-
-
 def tiny_qwen_tokenizer(template: str, length: int) -> Any:
     """Return a tokenizer of bytes, that reads the template's text before the prompt as `length` tokens, and 1 after it."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -394,22 +387,6 @@ def _clip(width: int, with_projection: bool) -> Any:
     return (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config)
 
 
-def _t5(width: int) -> Any:
-    from transformers import T5Config, T5EncoderModel
-
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=64,
-            d_model=width,
-            d_kv=8,
-            d_ff=2 * width,
-            num_layers=1,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-
-
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "stable_diffusion": save_tiny_pipeline,
     "sd_inpainting": save_tiny_inpainting,
@@ -421,6 +398,8 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "flux2": save_tiny_flux2,
     "flux2_klein": save_tiny_flux2_klein,
     "z_image": save_tiny_z_image,
+    "pixart_sigma": save_tiny_pixart_sigma,
+    "sana": save_tiny_sana,
 }
 FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has them
     "digits:Digits": save_tiny_digits,
@@ -428,7 +407,7 @@ FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has 
 }
 # Families with a mask get prompts of different lengths, so that their masks differ.
 PROMPTS = {
-    "qwen_image": ["a cat", "a calf", "cow"],
+    **dict.fromkeys(("qwen_image", "pixart_sigma", "sana"), ["a cat", "a calf", "cow"]),
     "z_image": ["a cat", "a long calf", "cow"],  # 32, 38 and 30 tokens with the template, and so 32 and 64 with filling
     "digits:Digits": ["seven", "3", "a two"],
     "shapes:Shapes": ["disc", "ring", "cross"],
@@ -441,11 +420,13 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
     "flux2": {"max_sequence_length": 17, "resolution": 16},
     "flux2_klein": {"max_sequence_length": 17, "resolution": 16},
     "z_image": {"max_sequence_length": 38, "resolution": 16},
+    "pixart_sigma": {"max_sequence_length": 12},
+    "sana": {"max_sequence_length": 14},
 }
 
 
 SAFETY_CHECKED = ("stable_diffusion", "sd_inpainting")  # families whose pipelines ask for a safety checker
-DDIM_SAMPLED = (*SAFETY_CHECKED, "sdxl")
+BY_DDIM = (*SAFETY_CHECKED, "sdxl", "pixart_sigma")  # families that step by DDIM
 PACKED = ("flux", "flux_kontext", "qwen_image")  # families whose pipelines take and give tokens instead of latents
 UNGUIDED = ("flux", "flux_kontext", "flux2")  # families whose guidance is an input of the network
 WITHOUT_NEGATIVE = (*UNGUIDED, "flux2_klein")  # families whose pipelines take no negative prompt
@@ -479,10 +460,35 @@ def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str,
     text = {} if length is None else {"max_sequence_length": length}
     if name == "flux_kontext":
         return {"guidance_scale": scale, **text, **size, **kontext_keys(Image.new("RGB", (16, 16)))}
+    if name in ("sana", "pixart_sigma"):
+        # Sizes of the model's own list would be taken instead of these.
+        text, negative = {**KEYS[name], "use_resolution_binning": False}, negative or ""
+        text |= {"height": 32, "width": 32} if name == "sana" else {}
     if name in WITHOUT_NEGATIVE:
         return {"guidance_scale": scale, **text, **size}
     text |= size if name == "z_image" else {}
     return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **text}
+
+
+def take_first_order_steps(name: str, pipeline: Any) -> None:
+    """Give a pipeline the scheduler class whose steps without noise are those of samplers."""
+    import diffusers
+
+    if name in BY_DDIM:
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    elif isinstance(pipeline.scheduler, diffusers.DPMSolverMultistepScheduler):
+        keys: Any = {"solver_order": 1, "algorithm_type": "dpmsolver++"}
+        pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **keys)
+
+
+def load_lora(pipeline: Any, folder: Path) -> None:
+    """Load a LoRA as its users do: with diffusers or, where diffusers has no loader for the network, with PEFT."""
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(folder)
+        return
+    from peft import PeftModel
+
+    pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, str(folder))
 
 
 def policy_table(name: str, model: Path, **keys: Any) -> dict[str, Any]:

@@ -13,4 +13,6 @@ POLICIES: Registry = {
     "flux2": "ray_ddpo.common.diffusion.families.flux2:Flux2",
     "flux2_klein": "ray_ddpo.common.diffusion.families.flux2:Flux2Klein",
     "z_image": "ray_ddpo.common.diffusion.families.z_image:ZImage",
+    "pixart_sigma": "ray_ddpo.common.diffusion.families.pixart_sigma:PixArtSigma",
+    "sana": "ray_ddpo.common.diffusion.families.sana:Sana",
 }

@@ -19,6 +19,7 @@ REPEATED_BLOCKS = (
     "ZImageTransformerBlock",
     "Flux2TransformerBlock",
     "Flux2SingleTransformerBlock",
+    "SanaTransformerBlock",
 )
 
 

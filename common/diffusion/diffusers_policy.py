@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -15,7 +15,7 @@ from ray_ddpo.common.diffusion.graphed import CudaRecorder, GraphedNetwork, Reco
 from ray_ddpo.common.diffusion.guidance import extrapolated, guided, join_branches
 from ray_ddpo.common.diffusion.host_loading import has_unread, loads_on_host
 from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters, compute_adapters_in
-from ray_ddpo.common.diffusion.lora.diffusers_format import load_any_lora, loadable_encoders
+from ray_ddpo.common.diffusion.lora.diffusers_format import load_any_lora, loadable_encoders, save_for_peft
 from ray_ddpo.common.diffusion.lora.files import LoraFile
 from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.network_storage import network_format, store_in_dtype
@@ -36,11 +36,19 @@ EMBEDDING_BYTES = 1 << 29  # cached prompt embeddings: 4,500 prompts of SD 1.5 i
 
 # As most pipelines return prompts.
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+# As pipelines of a single text encoder return prompts with their masks.
+MASKED_EMBEDDINGS = (
+    *("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
+)
 NetworkCall = Callable[..., Tensor]  # (network, latents, timesteps, **rows of conditioning) → the network's output
 
 
 class DiffusersPolicy(Policy):
     """A loaded pipeline as a policy. Sampler and learner run the same numerics."""
+
+    embeddings: ClassVar[tuple[str, ...]] = EMBEDDINGS  # what the pipeline's `encode_prompt` returns, in its order
+    default_negative: ClassVar[str | None] = None  # None is not the empty text, and may mean zeros
+    adds_shift: ClassVar[bool] = True  # whether the pipeline honours the decoder's `shift_factor`
 
     def __init__(
         self, config: "DiffusersConfig", pipeline: Any, device: str, sampling: SamplingTable, role: Role
@@ -98,15 +106,16 @@ class DiffusersPolicy(Policy):
             with_negative: whether to return the `negative_…` tensors of `negative_prompt` too, which all prompts share.
             keys: further arguments of the pipeline's `encode_prompt`.
         """
+        negative = self.default_negative if self.negative_prompt is None else self.negative_prompt
         encoded = self.pipeline.encode_prompt(
             prompt,
             device=self.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=with_negative,
-            negative_prompt=self.negative_prompt,  # None stays None: an empty text is encoded, None may mean zeros
+            negative_prompt=negative,
             **keys,
         )
-        return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=False) if value is not None}
+        return {name: value for name, value in zip(self.embeddings, encoded, strict=False) if value is not None}
 
     def _at_work(self, *parts: Any) -> AbstractContextManager[None]:
         """Copy offloaded parts to the device for the duration of a block."""
@@ -250,9 +259,12 @@ class DiffusersPolicy(Policy):
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Return latents as the decoder takes them. Each diffusers pipeline honours other keys here."""
-        shift = getattr(self.vae.config, "shift_factor", None)
-        scaled = latents / self.vae.config.scaling_factor
+        scaled, shift = latents / self.vae.config.scaling_factor, self._shift
         return scaled if shift is None else scaled + shift
+
+    @property
+    def _shift(self) -> float | None:
+        return getattr(self.vae.config, "shift_factor", None) if self.adds_shift else None
 
     @torch.no_grad()
     def encode_images(
@@ -264,11 +276,13 @@ class DiffusersPolicy(Policy):
 
     def _scaled(self, latents: Tensor) -> Tensor:
         """Return the encoder's latents as the network takes them: the inverse of `_unscaled`."""
-        shift = getattr(self.vae.config, "shift_factor", None)
-        return (latents if shift is None else latents - shift) * self.vae.config.scaling_factor
+        return (latents if self._shift is None else latents - self._shift) * self.vae.config.scaling_factor
 
     def save(self, folder: Path) -> Path:
-        return save_trained(self.network, self.config.train, self.config.lora, folder, self.config.network_name)
+        path = save_trained(self.network, self.config.train, self.config.lora, folder, self.config.network_name)
+        if self.config.train == "lora" and not self.config.takes_diffusers_lora:
+            save_for_peft(path)
+        return path
 
     def restore(self, path: Path) -> None:
         restore_trained(self.network, self.config.train, path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import tomli_w
 
 from ray_ddpo.actors.evaluation.eval_set import build_eval_set
-from ray_ddpo.common.diffusion.lora.files import FILE_NAME
+from ray_ddpo.common.diffusion.lora.files import FILE_NAME, PEFT_CONFIG, PEFT_NAME
 from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.recipe.recipe import Recipe
@@ -121,4 +121,7 @@ def _weights(path: Path) -> Files:
     network = network_folder(path)
     if network:
         return {f"{network.name}/{file.name}": file for file in sorted(network.iterdir())}
-    return {FILE_NAME: path / "lora" / FILE_NAME}
+    of_peft = {
+        name: path / "lora" / name for name in (PEFT_NAME, PEFT_CONFIG)
+    }  # of networks that diffusers loads none into
+    return {FILE_NAME: path / "lora" / FILE_NAME, **{name: file for name, file in of_peft.items() if file.is_file()}}

@@ -34,7 +34,7 @@ import sys, torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 model, lora, output = sys.argv[1:]
 pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
 pipeline.load_lora_weights(lora)
 for seed, prompt in [(3, "cat"), (4, "dog")]:
     images = pipeline(prompt, num_inference_steps=4, guidance_scale=3.0, eta=1.0,

@@ -15,7 +15,7 @@ from ray_ddpo.common.recipe.registry import component_class
 from ray_ddpo.train import run_training
 from tests.input_files import input_table, save_inputs
 from tests.system.conftest import final_fingerprint
-from tests.tiny_families import MAKERS, policy_table
+from tests.tiny_families import MAKERS, load_lora, policy_table
 
 ON_RAY = [
     pytest.param(name, marks=pytest.mark.system if name in ("sd3", "flux_kontext") else pytest.mark.thorough)
@@ -70,7 +70,7 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_its_lora_loads_in_diffusers(
     assert any(np.abs(value).max() > 0 for name, value in learned.items() if "lora_B" in name)
     config: Any = component_class(POLICIES, family, "policy")
     pipeline = getattr(diffusers, config.pipeline_class).from_pretrained(tmp_path / family)
-    pipeline.load_lora_weights(lora)
+    load_lora(pipeline, lora)
     network = getattr(pipeline, config.network_name)
     assert sum("lora_B" in name for name, _ in network.named_parameters()) == sum("lora_B" in name for name in learned)
 

@@ -13,6 +13,7 @@ BOTH_STREAMS = LoraSettings(
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     ),
 )
+WIDE_ADAPTERS = LoraSettings(rank=32, alpha=64)  # the same on the projections that attention has in every network
 CLIP_L = {  # openai/clip-vit-large-patch14's text tower
     "vocab_size": 49408,
     "hidden_size": 768,
@@ -76,4 +77,13 @@ QWEN_25_VL_7B: dict[str, Any] = {  # Qwen/Qwen2.5-VL-7B-Instruct
         "num_heads": 16,
         "out_hidden_size": 3584,
     },
+}
+GEMMA_2_2B = {  # google/gemma-2-2b
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
 }

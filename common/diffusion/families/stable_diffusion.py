@@ -58,11 +58,7 @@ def call_inpainting_unet(
 class StableDiffusionPolicy(DiffusersPolicy):
     """A loaded StableDiffusionPipeline."""
 
-    def _unscaled(self, latents: Tensor) -> Tensor:
-        return latents / self.vae.config.scaling_factor  # this pipeline ignores shift_factor
-
-    def _scaled(self, latents: Tensor) -> Tensor:
-        return latents * self.vae.config.scaling_factor
+    adds_shift: ClassVar[bool] = False
 
 
 class InpaintingPolicy(EditingPolicy, StableDiffusionPolicy):

@@ -22,17 +22,15 @@ INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
 NORMALIZED_PIPELINES = ("QwenImagePipeline",)  # of latents with mean and deviation of each channel
 FLUX_PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
+SHIFTED_PIPELINES = ("StableDiffusion3Pipeline", "ZImagePipeline", *FLUX_PIPELINES)  # of latents with a shift_factor
 BATCH_NORMALIZED = ("Flux2Pipeline", "Flux2KleinPipeline")  # by the statistics of the decoder's batch norm
-FLOW_PIPELINES = (
-    "StableDiffusion3Pipeline",
-    "ZImagePipeline",
-    *FLUX_PIPELINES,
-    *NORMALIZED_PIPELINES,
-    *BATCH_NORMALIZED,
-)
+# Of networks that may predict variances too, in further channels.
+VARIANCE_PIPELINES = ("SanaPipeline", "PixArtSigmaPipeline")
+SOLVER_PIPELINES = ("SanaPipeline",)  # of flows whose scheduler may be a solver
+FLOW_PIPELINES = (*SHIFTED_PIPELINES, *NORMALIZED_PIPELINES, *BATCH_NORMALIZED, "SanaPipeline")
 INPAINTING = "StableDiffusionInpaintPipeline"  # its network reads the mask and the masked image's latents as well
-# Pipelines that are checked here.
-PIPELINES = ("StableDiffusionPipeline", INPAINTING, "StableDiffusionXLPipeline", *FLOW_PIPELINES)
+DDIM_PIPELINES = ("StableDiffusionPipeline", INPAINTING, "StableDiffusionXLPipeline", "PixArtSigmaPipeline")
+PIPELINES = (*DDIM_PIPELINES, *FLOW_PIPELINES)  # pipelines that are checked here
 DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent keys
     "unet": {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280},
     "vae": {"latent_channels": 4, "out_channels": 3, "z_dim": 16},
@@ -51,13 +49,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
     "Flux2Pipeline": {"in_channels": 128, "joint_attention_dim": 15360, "patch_size": 1},
     "Flux2KleinPipeline": {"in_channels": 128, "joint_attention_dim": 15360, "patch_size": 1},
     "ZImagePipeline": {"in_channels": 16, "cap_feat_dim": 2560},
+    "SanaPipeline": {"in_channels": 32, "out_channels": 32, "caption_channels": 2304},
+    "PixArtSigmaPipeline": {"in_channels": 4, "out_channels": 8},
 }
-# The network's key for the width of a language model's states, from how many layers, and transformers' own width.
-LANGUAGE_MODELS = {
-    "QwenImagePipeline": ("joint_attention_dim", 1, 8192),
-    "Flux2Pipeline": ("joint_attention_dim", 3, 4096),
-    "Flux2KleinPipeline": ("joint_attention_dim", 3, 4096),
-    "ZImagePipeline": ("cap_feat_dim", 1, 4096),
+# Pipelines with a single text encoder → the network's key for the width of its states, from how many layers, the
+# encoder's key, and transformers' default of that.
+SINGLE_ENCODERS = {
+    "QwenImagePipeline": ("joint_attention_dim", 1, "hidden_size", 8192),
+    "Flux2Pipeline": ("joint_attention_dim", 3, "hidden_size", 4096),
+    "Flux2KleinPipeline": ("joint_attention_dim", 3, "hidden_size", 4096),
+    "ZImagePipeline": ("cap_feat_dim", 1, "hidden_size", 4096),
+    "SanaPipeline": ("caption_channels", 1, "hidden_size", 2304),
+    "PixArtSigmaPipeline": ("caption_channels", 1, "d_model", 512),
 }
 
 
@@ -79,7 +82,12 @@ UNET = (
     Rule("unet", "time_cond_proj_dim", (None,), GUIDANCE_INPUT),
     Rule("unet", "encoder_hid_dim_type", (None, "text_proj"), IMAGES),
 )
+COLORS = "images have 3 channels, red, green and blue"
 RULES: dict[str, tuple[Rule, ...]] = {
+    "SanaPipeline": (
+        Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),
+        Rule("vae", "in_channels", (None, 3), COLORS),
+    ),
     "QwenImagePipeline": (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),),
     "Flux2KleinPipeline": (Rule("transformer", "guidance_embeds", (False,), GUIDANCE_INPUT),),
     "ZImagePipeline": (Rule("transformer", "siglip_feat_dim", (None,), IMAGES),),
@@ -110,15 +118,16 @@ def check_keys(config: "DiffusersConfig", pipeline: Any = None) -> None:
         for fault in _faults(config, parts):
             raise ValueError(fault)
         if pipeline is None and "scheduler" in parts:
-            check_scheduler(parts[INDEX], parts["scheduler"], config.pipeline_class in FLOW_PIPELINES)
+            name = config.pipeline_class
+            check_scheduler(parts[INDEX], parts["scheduler"], name in FLOW_PIPELINES, name in SOLVER_PIPELINES)
     except ValueError as error:
         raise ValueError(f"policy.model is {config.model!r}: {error}") from None
 
 
 def check_steps(config: "DiffusersConfig", sampling: SamplingTable) -> None:
-    """Raise ValueError if the schedule in a UNet's folder has no such steps, as far as files tell."""
+    """Raise ValueError if the schedule in a folder has no such steps of DDIM, as far as files tell."""
     parts = configuration_files(config)
-    if config.pipeline_class in PIPELINES and config.pipeline_class not in FLOW_PIPELINES and "scheduler" in parts:
+    if config.pipeline_class in DDIM_PIPELINES and "scheduler" in parts:
         from ray_ddpo.common.diffusion.schedulers.ddim import ddim_table
 
         ddim_table(as_loaded(parts[INDEX], parts["scheduler"])[0], sampling.num_steps, sampling.eta, "cpu")
@@ -185,12 +194,12 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
 
 def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     """Yield what is wrong with the decoder's keys. An absent key has the class's default."""
-    vae, adds_shift = parts["vae"], config.pipeline_class in FLOW_PIPELINES
+    vae, adds_shift = parts["vae"], config.pipeline_class in SHIFTED_PIPELINES
     if config.pipeline_class in NORMALIZED_PIPELINES:
         yield from _statistics_faults(config, parts, required=True)
         return
     if _value(config, parts, "vae", "out_channels") != 3:
-        yield f"vae/config.json has out_channels={vae['out_channels']!r}: images have 3 channels, red, green and blue"
+        yield f"vae/config.json has out_channels={vae['out_channels']!r}: {COLORS}"
     if config.pipeline_class in BATCH_NORMALIZED:
         return
     shift = vae.get("shift_factor", 0.0 if vae.get("_class_name") == "AutoencoderTiny" else None)
@@ -232,13 +241,16 @@ def _channel_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
     given = _value(config, parts, network, "out_channels") or taken
     if packed > 1:
         given *= _value(config, parts, network, "patch_size") ** 2
+    if config.pipeline_class in VARIANCE_PIPELINES and parts[network].get("out_channels", taken) is None:
+        yield f"{_file(network)} has out_channels=None, and the pipeline computes with it: write {taken} or {2 * taken}"
     expected = config.taken_channels(latents)
     if taken != expected:
         yield (
             f"{_file(network)} has in_channels={taken}, and vae/config.json {config.latent_key}={latents}: the network "
             f"must take {expected} (networks for inpainting, editing or upscaling take more)"
         )
-    if given - packed * latents != taken - expected:
+    with_variances = config.pipeline_class in VARIANCE_PIPELINES and given == 2 * taken
+    if given - packed * latents != taken - expected and not with_variances:
         keys = ", ".join(f"{key}={parts[network].get(key)!r}" for key in ("out_channels", "patch_size"))
         yield f"{_file(network)} has in_channels={taken} and {keys}: the network must give as much as it takes"
 
@@ -246,6 +258,7 @@ def _channel_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
 def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     """Yield disagreements between the widths that the network takes and those that the text encoders give."""
     network, value_of = config.network_name, lambda part, key: _value(config, parts, part, key)
+    single = SINGLE_ENCODERS.get(config.pipeline_class)
     wanted: list[tuple[str, str, int]] = []  # the network's key, what must have this width, its width
     if config.pipeline_class == "StableDiffusion3Pipeline":
         pooled = value_of("text_encoder", "projection_dim") + value_of("text_encoder_2", "projection_dim")
@@ -253,16 +266,17 @@ def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]
     elif config.pipeline_class in FLUX_PIPELINES:
         width = value_of("text_encoder", "hidden_size")
         wanted.append(("pooled_projection_dim", "hidden_size of text_encoder", width))
-    elif config.pipeline_class in LANGUAGE_MODELS:
-        keys, (key, layers, own) = parts["text_encoder"], LANGUAGE_MODELS[config.pipeline_class]
-        width = layers * (keys.get("text_config") or keys).get("hidden_size", own)
+    elif single:
+        keys, (key, layers, own, default) = parts["text_encoder"], single
+        width = layers * (keys.get("text_config") or keys).get(own, default)
         times = f"{layers} × " if layers > 1 else ""
-        wanted.append((key, f"{times}hidden_size of text_encoder", width))
+        wanted.append((key, f"{times}{own} of text_encoder", width))
     else:
         width = sum(value_of(part, "hidden_size") for part in config.text_parts)
         key = "encoder_hid_dim" if parts[network].get("encoder_hid_dim") else "cross_attention_dim"
         wanted.append((key, "hidden_size of the text encoders", width))
-    if t5 := next((part for part, (_, made) in config.text_parts.items() if made == "T5EncoderModel"), None):
+    t5s = () if single else (part for part, (_, made) in config.text_parts.items() if made == "T5EncoderModel")
+    for t5 in t5s:
         wanted.append(("joint_attention_dim", f"d_model of {t5}", value_of(t5, "d_model")))
     if config.pipeline_class == "StableDiffusionXLPipeline":
         width = 6 * (parts[network].get("addition_time_embed_dim") or 0) + value_of("text_encoder_2", "projection_dim")

@@ -28,6 +28,7 @@ from ray_ddpo.common.trajectory import DTYPES
 
 PIPELINES_UNIT = 8  # pixels: diffusers' pipelines with a UNet take multiples of it, whatever the decoder
 LARGEST_SIDE = 16_384
+LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # of a decoder whose configuration says nothing; others: 1
 
 
 class DiffusersConfig(PolicyConfig):
@@ -37,6 +38,7 @@ class DiffusersConfig(PolicyConfig):
     pipeline_class: ClassVar[str]  # of diffusers
     network_name: ClassVar[str]  # of the part that is trained
     network_class: ClassVar[str]
+    legacy_network_classes: ClassVar[tuple[str, ...]] = ()  # names in older folders, which diffusers still reads
     tokenizers: ClassVar[tuple[str, ...]]
     decoder_classes: ClassVar[tuple[str, ...]] = ("AutoencoderKL", "AutoencoderTiny")
     latent_key: ClassVar[str] = "latent_channels"  # the decoder's, that says how many channels its latents have
@@ -44,6 +46,7 @@ class DiffusersConfig(PolicyConfig):
     switches: ClassVar[dict[str, str]] = {}  # parts that the family can do without: the key and value that say so
     guided_above: ClassVar[float] = 1.0  # the largest guidance scale with which the network runs once a step
     scheduler_class: ClassVar[str | None] = None  # of diffusers, that samples as samplers do; none: the pipeline's own
+    takes_diffusers_lora: ClassVar[bool] = True  # whether diffusers loads LoRAs into it; if not, PEFT does
     takes_negative_prompt: ClassVar[bool] = True
     takes_other_steps: ClassVar[bool] = True
     takes_images: ClassVar[bool] = True
@@ -137,7 +140,7 @@ class DiffusersConfig(PolicyConfig):
         """Return the pixels per side of one latent. Read from a file, because a learner loads no decoder."""
         config = self.part_config("vae")
         # AutoencoderTiny calls the key differently. Without either key, use diffusers' default for the decoder's class.
-        default = (64,) if config.get("_class_name") != "AutoencoderTiny" else (64,) * 4
+        default = (64,) * LEVELS.get(config.get("_class_name", ""), 1)
         channels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or default
         return 2 ** (len(channels) - 1)
 

@@ -25,6 +25,8 @@ FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its
     "Flux2Pipeline": ("flux2", "FLUX.2"),
     "Flux2KleinPipeline": ("flux2_klein", "FLUX.2-klein"),
     "ZImagePipeline": ("z_image", "Z-Image"),
+    "SanaPipeline": ("sana", "SANA"),
+    "PixArtSigmaPipeline": ("pixart_sigma", "PixArt-Sigma"),
 }
 TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had two for each
     "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),
@@ -34,6 +36,7 @@ TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had
     "Qwen3Model": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
     "Qwen3ForCausalLM": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
     "Mistral3ForConditionalGeneration": ("PixtralProcessor", "LlamaTokenizer", "LlamaTokenizerFast"),
+    "Gemma2Model": ("GemmaTokenizer", "GemmaTokenizerFast"),
 }
 VOCABULARIES = {  # tokenizer class → sets of files, one of which it needs
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
@@ -41,6 +44,7 @@ VOCABULARIES = {  # tokenizer class → sets of files, one of which it needs
     "Qwen2Tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "PixtralProcessor": (("tokenizer.json",),),
     "LlamaTokenizer": (("tokenizer.json",), ("tokenizer.model",)),
+    "GemmaTokenizer": (("tokenizer.json",), ("tokenizer.model",)),
 }
 MODEL_TYPES = {  # text encoder class → allowed model_type; a full CLIP contains a text encoder
     "CLIPTextModel": ("clip_text_model", "clip"),
@@ -50,6 +54,7 @@ MODEL_TYPES = {  # text encoder class → allowed model_type; a full CLIP contai
     "Qwen3Model": ("qwen3",),
     "Qwen3ForCausalLM": ("qwen3",),
     "Mistral3ForConditionalGeneration": ("mistral3",),
+    "Gemma2Model": ("gemma2",),
 }
 
 
@@ -71,7 +76,7 @@ def known_parts(config: "DiffusersConfig", role: str = "sampler") -> dict[str, P
     if role == "decoder":
         return {"vae": PartClass("model", "diffusers", config.decoder_classes)}
     found = {
-        config.network_name: PartClass("model", "diffusers", (config.network_class,)),
+        config.network_name: PartClass("model", "diffusers", (config.network_class, *config.legacy_network_classes)),
         "scheduler": PartClass("scheduler", "diffusers"),
     }
     if role != "sampler":

@@ -5,13 +5,15 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ray_ddpo.common.diffusion.lora.files import PEFT_CONFIG, LoraFile, refuse_settings
+from ray_ddpo.common.diffusion.lora.files import PEFT_CONFIG, PEFT_NAME, LoraFile, read_lora_file, refuse_settings
 from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.reading import reading
 
@@ -104,7 +106,8 @@ def load_any_lora(
 
 def loadable_encoders(pipeline: Any) -> dict[str, nn.Module]:
     """Return a pipeline's text encoders that diffusers loads LoRAs into."""
-    names = [name for name in pipeline._lora_loadable_modules if name.startswith("text_encoder")]
+    parts = getattr(pipeline, "_lora_loadable_modules", ())  # a pipeline that takes no LoRAs has none
+    names = [name for name in parts if name.startswith("text_encoder")]
     return {name: encoder for name in names if (encoder := getattr(pipeline, name, None)) is not None}
 
 
@@ -116,7 +119,11 @@ def _loader(network: Any) -> Any:
     if kind == "UNet2DConditionModel":
         of_xl = network.config.get("addition_embed_type") == "text_time"
         return loaders.StableDiffusionXLLoraLoaderMixin if of_xl else loaders.StableDiffusionLoraLoaderMixin
-    known = {"SD3Transformer2DModel": "SD3LoraLoaderMixin", "FluxTransformer2DModel": "FluxLoraLoaderMixin"}
+    known = {
+        "SD3Transformer2DModel": "SD3LoraLoaderMixin",
+        "FluxTransformer2DModel": "FluxLoraLoaderMixin",
+        "SanaTransformer2DModel": "SanaLoraLoaderMixin",
+    }
     return getattr(loaders, known[kind]) if kind in known else None
 
 
@@ -165,6 +172,15 @@ def _of_peft(file: LoraFile, part: str) -> _Converted:
     metadata = {f"{part}.{name}": value for name, value in settings.items() if name in known - {"peft_version"}}
     state = {f"{part}.{name.removeprefix(PEFT_PREFIX)}": value for name, value in file.tensors.items()}
     return _Converted(state, None, metadata)
+
+
+def save_for_peft(path: Path) -> None:
+    """Write one of this program's files again beside itself, as PEFT's `PeftModel.from_pretrained` reads it."""
+    file = read_lora_file(path)
+    settings = {name.removeprefix(f"{file.part}."): value for name, value in file.metadata.items()}
+    text = json.dumps({"peft_type": "LORA", **settings}, indent=2, sort_keys=True)
+    (path.parent / PEFT_CONFIG).write_text(text, encoding="utf-8")
+    save_file({f"{PEFT_PREFIX}{name}": value for name, value in file.named().items()}, path.parent / PEFT_NAME)
 
 
 @contextmanager

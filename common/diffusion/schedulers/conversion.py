@@ -13,6 +13,7 @@ from ray_ddpo.common.packages import require_packages
 FILE = "scheduler/scheduler_config.json"
 DDIM = "DDIMScheduler"
 FLOW = "FlowMatchEulerDiscreteScheduler"
+FLOW_SOLVER = "DPMSolverMultistepScheduler"  # with use_flow_sigmas its noise levels are a flow's
 BETA_RANGES = ("linear", "scaled_linear")  # beta schedules from beta_start to beta_end
 CLIPPING = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")  # by default
 CARRIED = (
@@ -60,8 +61,14 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("use_flow_sigmas", "use_dynamic_shifting"), (OFF, TRAINED)),
     **dict.fromkeys(("sigma_min", "sigma_max", "shift_terminal"), ((None,), TRAINED)),
     "snr_shift_scale": ((None, 1), TRAINED),
-    "variance_type": (FIXED, "the network predicts variances, which DDIM has no use for"),
+    "variance_type": (FIXED, "the network predicts variances, which no step here uses"),
     **dict.fromkeys(("clip_sample", "thresholding"), (OFF, "its steps are not Gaussian; set it to false")),
+}
+
+FLOW_ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {  # the same for FLOW_SOLVER
+    "prediction_type": (("flow_prediction",), 'it must be "flow_prediction"'),
+    **dict.fromkeys(SPACINGS, (OFF, "its noise levels are not those of use_flow_sigmas; set it to false")),
+    **{key: ALLOWED[key] for key in ("variance_type", "thresholding")},
 }
 
 
@@ -77,10 +84,8 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     written, name = written_keys(config), config.get("_class_name")
     if name is not None:
-        _check_class(name, CARRIED, "policy.name is a family of UNets, which steps by DDIM")
-    for key, (allowed, reason) in ALLOWED.items():
-        if key in written and written[key] not in allowed:
-            raise ValueError(f"{_says(name, key, written[key])}: {reason} (in {FILE})")
+        _check_class(name, CARRIED, "policy.name is a family that steps by DDIM")
+    _check_allowed(name, written, ALLOWED)
     _check_absent(name, written)
     _check_numbers(name, written)
     if written.get("final_sigmas_type", "zero") != "zero" and written.get("set_alpha_to_one", True):
@@ -92,17 +97,23 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"clip_sample": False, **written}
 
 
-def flow_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration from which `FlowMatchEulerDiscreteScheduler.from_config` makes the same flow.
+def flow_config(config: Mapping[str, Any], with_solver: bool = False) -> dict[str, Any]:
+    """Return the configuration from which the flow's own scheduler class makes the same flow.
+
+    That class is `FlowMatchEulerDiscreteScheduler` or, `with_solver`, one whose steps of first order are Euler steps.
 
     Raises:
         ValueError: The scheduler is another class, or its steps differ. The message names class, key and value.
     """
     written, name = written_keys(config), config.get("_class_name")
+    if with_solver and name == FLOW_SOLVER and written.get("use_flow_sigmas"):
+        _check_allowed(name, {"prediction_type": "epsilon", **written}, FLOW_ALLOWED)
+        return written
     if name is not None:
         own = {key: written[key] for key in ("flow_shift", "prediction_type", "use_flow_sigmas") if key in written}
         with_keys = f" with {', '.join(f'{key}={value!r}' for key, value in own.items())}" if own else ""
-        _check_class(name, (FLOW,), "policy.name is a family of flow matching", with_keys)
+        carried = (FLOW, f"{FLOW_SOLVER} with use_flow_sigmas=True") if with_solver else (FLOW,)
+        _check_class(name, carried, "policy.name is a family of flow matching", with_keys)
     for key in ("invert_sigmas", "stochastic_sampling"):
         if written.get(key):
             raise ValueError(f"{_says(name, key, written[key])}: set it to false in {FILE}")
@@ -114,10 +125,10 @@ def flow_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return written
 
 
-def check_scheduler(index: Mapping[str, Any], config: Mapping[str, Any], flow: bool) -> None:
+def check_scheduler(index: Mapping[str, Any], config: Mapping[str, Any], flow: bool, with_solver: bool = False) -> None:
     """Raise ValueError if a schedule cannot be represented exactly, in any class that diffusers makes from a folder."""
     for read in as_loaded(index, config):
-        (flow_config if flow else ddim_config)(read)
+        flow_config(read, with_solver) if flow else ddim_config(read)
 
 
 def as_loaded(index: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -156,6 +167,15 @@ def _check_class(name: str, carried: tuple[str, ...], why: str, with_keys: str =
         )
     if name in NEEDED:
         require_packages(f"the model's scheduler is {name}, for which diffusers", NEEDED[name])
+
+
+def _check_allowed(
+    name: str | None, written: Mapping[str, Any], allowed: Mapping[str, tuple[tuple[Any, ...], str]]
+) -> None:
+    """Raise ValueError if a key has another value than the allowed ones."""
+    for key, (values, reason) in allowed.items():
+        if key in written and written[key] not in values:
+            raise ValueError(f"{_says(name, key, written[key])}: {reason} (in {FILE})")
 
 
 def _check_absent(name: str | None, written: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.schedulers.conversion import FILE, flow_config, written_keys
+from ray_ddpo.common.diffusion.schedulers.conversion import FILE, FLOW, FLOW_SOLVER, flow_config, written_keys
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, NoisedLatents, column
 from ray_ddpo.common.diffusion.schedulers.second_order import FLOW_PREDICTION, SolverLevels
 from ray_ddpo.common.diffusion.transition import Transition
@@ -20,7 +20,7 @@ from ray_ddpo.common.recipe.sampling_table import FlowSampler
 class FlowMatchTable(DenoisingSteps):
     """Flow-SDE: x_σ = (1 − σ) x0 + σ ε, from σ = 1 to 0. The network predicts v = ε − x0."""
 
-    timesteps: Float[Tensor, "T"]  # 1000 σ
+    timesteps: Float[Tensor, "T"]  # 1000 σ, rounded as the scheduler does
     sigmas: Float[Tensor, "T"]  # where the step starts
     next_sigmas: Float[Tensor, "T"]  # where it ends
     noise_level: Float[Tensor, "T"]  # a; 0: the step is deterministic
@@ -35,13 +35,18 @@ class FlowMatchTable(DenoisingSteps):
         return len(self.training_sigmas)
 
     def diffusion(self) -> Float[Tensor, "T"]:
-        """Return s = √(σ / (1 − σ′)) · a (Flow-GRPO, section 4.2); σ′ is σ or, at σ = 1, the schedule's second σ."""
+        """Return s = √(σ / (1 − σ′)) · a (Flow-GRPO, section 4.2).
+
+        σ′ is σ or, where that is as near to 1 as the model's own last timestep but one, the schedule's second σ.
+        """
         return self._diffusion
 
     @cached_property
     def _diffusion(self) -> Float[Tensor, "T"]:
-        # A shifted σ may differ from 1 by a rounding error, in either direction.
-        finite = torch.where(self.sigmas > 1 - 1e-5, self.next_sigmas[0], self.sigmas)
+        # Some schedules begin one timestep below σ = 1, where the square root is nearly infinite, too. A shifted σ has a
+        # rounding error, in either direction.
+        nearly_one = self.sigmas > self.training_sigmas[-2] - 1e-5
+        finite = torch.where(nearly_one, self.next_sigmas[0], self.sigmas)
         return (self.sigmas / (1 - finite)).sqrt() * self.noise_level
 
     def std(self) -> Float[Tensor, "T"]:
@@ -157,7 +162,7 @@ def flow_match_table(
     scheduler_config: dict[str, Any],
     num_steps: int,
     noise_level: float,
-    image_tokens: int,
+    image_tokens: int | None,
     evenly_spaced: bool,
     sde: FlowSampler | None = None,
     shift: float | None = None,
@@ -170,7 +175,8 @@ def flow_match_table(
         scheduler_config: the diffusers configuration.
         num_steps: the number of steps.
         noise_level: a or η of the stochastic sampler.
-        image_tokens: decides how far noise levels are shifted, if the configuration asks for dynamic shifting.
+        image_tokens: decides how far noise levels are shifted, if the configuration asks for dynamic shifting. None: the
+            pipeline does not shift them so, and may have a solver as its scheduler.
         evenly_spaced: whether σ goes in equal steps from 1 to 1/T before the shift, as in FLUX, instead of down to the
             schedule's own minimum.
         sde: the stochastic sampler, as the recipe has it. None: Flow-SDE.
@@ -188,32 +194,43 @@ def flow_match_table(
         )
     levels = torch.full((num_steps,), noise_level)
     levels[-1] = 0.0
-    return TABLES[sde or "flow"](scheduler.timesteps, sigmas[:-1], sigmas[1:], levels, training_sigmas)
+    return TABLES[sde or "flow"](scheduler.timesteps.float(), sigmas[:-1], sigmas[1:], levels, training_sigmas)
 
 
 def _scheduler_with_steps(
-    scheduler_config: dict[str, Any], num_steps: int, image_tokens: int, evenly_spaced: bool, shift: float | None
+    scheduler_config: dict[str, Any],
+    num_steps: int,
+    image_tokens: int | None,
+    evenly_spaced: bool,
+    shift: float | None,
 ) -> tuple[Any, Tensor]:
     """Return diffusers' scheduler with its steps set, and σ of each of the model's own timesteps.
 
     Raises:
         ValueError: No schedule follows from the configuration.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    import diffusers
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+    written = flow_config(scheduler_config, with_solver=image_tokens is None)
+    of_solver = scheduler_config.get("_class_name") == FLOW_SOLVER
     try:
-        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(flow_config(scheduler_config))
-        training_sigmas = scheduler.sigmas.flip(0)
+        scheduler: Any = getattr(diffusers, FLOW_SOLVER if of_solver else FLOW).from_config(written)
+        own = {
+            "num_train_timesteps": scheduler.config["num_train_timesteps"],
+            "shift": scheduler.config.get("flow_shift"),
+        }
+        trained: Any = diffusers.FlowMatchEulerDiscreteScheduler(**own) if of_solver else scheduler
+        training_sigmas = trained.sigmas.flip(0)
         keys: dict[str, Any] = {"num_inference_steps": num_steps}
         if evenly_spaced:
             keys["sigmas"] = torch.linspace(1.0, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
-        if scheduler.config["use_dynamic_shifting"]:
+        if scheduler.config["use_dynamic_shifting"] and image_tokens is not None:
             shifts = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
             interpolated = calculate_shift(image_tokens, *(scheduler.config[key] for key in shifts))
             keys["mu"] = interpolated if shift is None else shift
         scheduler.set_timesteps(**keys)
-    except (TypeError, ZeroDivisionError) as error:  # diffusers raises these on keys that are null or of another type
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # diffusers raises these on keys of no schedule
         given = written_keys(scheduler_config).items()
         shown = ", ".join(f"{key}={value!r}" for key, value in given if "shift" in key or "seq_len" in key)
         raise ValueError(

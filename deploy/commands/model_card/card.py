@@ -192,8 +192,15 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
     call = f"{_reader(policy, base)}{network})"
     lines.append(f"pipeline = {policy.pipeline_class}.{call}{_where(policy, base)}")
     if policy.scheduler_class:
-        lines.append(f"pipeline.scheduler = {policy.scheduler_class}.from_config(pipeline.scheduler.config)")
-    if not full:
+        lines.append(
+            f"pipeline.scheduler = {policy.scheduler_class}.from_config(pipeline.scheduler.config, clip_sample=False)"
+        )
+    if not full and not policy.takes_diffusers_lora:
+        lines += [
+            "from peft import PeftModel",
+            f"pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, {push.repo!r}{revision})",
+        ]
+    elif not full:
         weights = 'weight_name="pytorch_lora_weights.safetensors"'
         lines.append(f"pipeline.load_lora_weights({push.repo!r}, {weights}{revision})")
     lines += ['pipeline.to("cuda" if torch.cuda.is_available() else "cpu")', *_sampling_lines(recipe, policy, prompt)]

@@ -114,6 +114,7 @@ def test_blocks_are_those_of_the_published_networks() -> None:
         Flux2Transformer2DModel,
         FluxTransformer2DModel,
         QwenImageTransformer2DModel,
+        SanaTransformer2DModel,
         SD3Transformer2DModel,
         UNet2DConditionModel,
         ZImageTransformer2DModel,
@@ -128,6 +129,7 @@ def test_blocks_are_those_of_the_published_networks() -> None:
             QwenImageTransformer2DModel(num_layers=5),
             Flux2Transformer2DModel(num_layers=1, num_single_layers=6),
             ZImageTransformer2DModel(n_layers=3),  # and two refiners of 2
+            SanaTransformer2DModel(num_layers=6),
         ):
             names = [type(block).__name__ for block in repeated_blocks(network)]
             counts |= {name: names.count(name) for name in names}
@@ -141,6 +143,7 @@ def test_blocks_are_those_of_the_published_networks() -> None:
         "Flux2TransformerBlock": 1,
         "Flux2SingleTransformerBlock": 6,
         "ZImageTransformerBlock": 7,
+        "SanaTransformerBlock": 6,
     }
 
 

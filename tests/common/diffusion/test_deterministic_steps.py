@@ -20,7 +20,8 @@ from ray_ddpo.common.diffusion.schedulers.flow_match import flow_match_table
 from ray_ddpo.common.diffusion.schedulers.second_order import dpm_solver
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
-from tests.tiny_families import MAKERS, policy_table
+from tests.accepted_page import assert_accepted
+from tests.tiny_families import MAKERS, call_keys, policy_table
 from tests.tiny_policy import scatter
 
 STEPS = 9
@@ -233,6 +234,21 @@ def test_the_solvers_images_are_those_of_diffusers_pipeline_with_its_scheduler(n
         output_type="latent",
     ).images
     torch.testing.assert_close(found.final_latents, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_steps", [4, 16])
+def test_the_solver_samples_as_the_scheduler_that_a_sana_is_published_with(num_steps: int, tmp_path: Path) -> None:
+    config = build(POLICIES, policy_table("sana", MAKERS["sana"](tmp_path)), "policy")
+    policy = config.load("cpu", sampling(), "sampler")
+    fast = sampling(num_steps=num_steps, solver="dpmsolver++")
+    found = sample_trajectories(policy, PROMPTS[:2], SEEDS[:2], fast, range(0))
+    pipeline = diffusers.SanaPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = next(image_noise(SEEDS[:2], policy.latent_shape))
+    keys: Any = call_keys("sana", 3.0) | {"num_inference_steps": num_steps, "output_type": "latent"}
+    theirs = pipeline(PROMPTS[:2], latents=latents, **keys).images
+    torch.testing.assert_close(found.final_latents, theirs, rtol=1e-5, atol=1e-5)
+    assert_accepted("the scheduler of SANA as it was published, a solver on the noise levels of a flow")
 
 
 def test_the_solvers_flow_is_that_of_diffusers_scheduler(tmp_path: Path) -> None:

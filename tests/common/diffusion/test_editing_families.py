@@ -20,7 +20,7 @@ from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.accepted_page import assert_accepted
 from tests.input_files import save_inputs
-from tests.tiny_families import DDIM_SAMPLED, MAKERS, SAFETY_CHECKED, call_keys, kontext_keys, policy_table
+from tests.tiny_families import BY_DDIM, MAKERS, SAFETY_CHECKED, call_keys, kontext_keys, policy_table
 from tests.tiny_policy import scatter
 
 SEEDS = [3, 4, 5, 6]
@@ -63,7 +63,7 @@ def pipelines_latents(
     images = [Image.open(prompt.metadata["image"]) for prompt in prompts]
     keys = call_keys(name, settings.guidance_scale)
     keys |= {"height": images[0].height, "width": images[0].width, "num_inference_steps": settings.num_steps}
-    keys |= {"eta": 0.0} if name in DDIM_SAMPLED else {}
+    keys |= {"eta": 0.0} if name in BY_DDIM else {}
     noise = next(image_noise(SEEDS[: len(prompts)], policy.latent_shape))
     if name == "flux_kontext":
         keys |= kontext_keys(images[0]) | {"image": images}

@@ -14,7 +14,6 @@ from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.changed_keys import (
     LIBRARY_ERRORS,
-    UNETS,
     Change,
     assert_same,
     changed_model,
@@ -23,7 +22,7 @@ from tests.changed_keys import (
     plainly_drawn,
 )
 from tests.key_candidates import EVERY, PARTS
-from tests.tiny_families import MAKERS
+from tests.tiny_families import BY_DDIM, MAKERS
 
 quiet_libraries()
 
@@ -113,6 +112,15 @@ REFUSED: dict[str, tuple[str, Change]] = {
     "a decoder whose `scaling_factor` is 0, null or no number": (
         "stable_diffusion",
         Change("vae", "scaling_factor", 0),
+    ),
+    "another scheduler of SANA than one of a flow": ("sana", Change("scheduler", "use_flow_sigmas", False)),
+    "a solver of SANA with noise levels or predictions of another kind": (
+        "sana",
+        Change("scheduler", "prediction_type", "epsilon"),
+    ),
+    "`out_channels` null in a transformer that may predict variances": (
+        "pixart_sigma",
+        Change("transformer", "out_channels", None),
     ),
     "a network whose `sample_size` is no size": ("stable_diffusion", Change("unet", "sample_size", "8")),
     "`beta_start` or `beta_end` that is no number, or below 0": (
@@ -212,4 +220,4 @@ def test_any_key_of_any_part_is_honoured_as_diffusers_does_or_refused_by_name(mo
     for part in sorted(parts):
         of_part = [change for family, change in EVERY if family == name and change.part == part]
         changes.append(data.draw(st.sampled_from(of_part)))
-    check_outcome(models, name, tuple(changes), stochastic=name in UNETS and data.draw(st.booleans()))
+    check_outcome(models, name, tuple(changes), stochastic=name in BY_DDIM and data.draw(st.booleans()))

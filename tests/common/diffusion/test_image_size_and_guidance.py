@@ -19,7 +19,7 @@ from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.deploy.driver.components import build_components
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.tiny_families import (
-    DDIM_SAMPLED,
+    BY_DDIM,
     MAKERS,
     SAFETY_CHECKED,
     UNGUIDED,
@@ -28,6 +28,7 @@ from tests.tiny_families import (
     given_latents,
     kontext_keys,
     policy_table,
+    take_first_order_steps,
 )
 
 SIZES = {
@@ -41,6 +42,8 @@ SIZES = {
     "flux2": (24, 12),
     "flux2_klein": (24, 12),
     "z_image": (24, 12),
+    "sana": (64, 32),
+    "pixart_sigma": (48, 32),
 }
 OTHER_THAN_EMPTY = ("sdxl", "qwen_image")  # where no negative prompt is given, the one takes zeros, the other a space
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
@@ -59,8 +62,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     config = build(POLICIES, policy_table(name, model), "policy")
     keys = {"safety_checker": None} if name in SAFETY_CHECKED else {}
     pipeline: Any = getattr(diffusers, config.pipeline_class).from_pretrained(model, **keys)
-    if config.scheduler_class:
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    take_first_order_steps(name, pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return name, model, pipeline
 
@@ -85,7 +87,7 @@ def theirs(name: str, pipeline: Any, settings: SamplingTable, shape: tuple[int, 
     factor = pipeline.vae_scale_factor * (2 if name.startswith("flux2") else 1)
     noise = next(image_noise(SEEDS, shape))
     keys = call_keys(name, settings.guidance_scale, settings.negative_prompt)
-    keys |= {"eta": 0.0} if name in DDIM_SAMPLED else {}
+    keys |= {"eta": 0.0} if name in BY_DDIM else {}
     keys |= {"height": factor * shape[1], "width": factor * shape[2], "num_inference_steps": 3}
     if name == "flux_kontext":
         keys |= kontext_keys(Image.new("RGB", (keys["width"], keys["height"])))
@@ -194,7 +196,8 @@ def test_a_size_that_cannot_be_made_is_refused_with_the_recipe(
 
 def test_units_of_a_size_are_those_of_decoder_and_patch(tmp_path: Path) -> None:
     units = {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "flux_kontext": 4, "qwen_image": 4}
-    for name, unit in (units | {"z_image": 4, "flux2": 4}).items():
+    units |= {"z_image": 4, "flux2": 4, "sana": 32, "pixart_sigma": 16}
+    for name, unit in units.items():
         config = build(POLICIES, policy_table(name, MAKERS[name](tmp_path / name)), "policy")
         assert config.size_unit == unit
     with pytest.raises(ValueError, match=r"policy.height is 28: .* multiples of 8 pixels, such as 24 or 32"):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
 from ray_ddpo.common.diffusion.families import flux as policy_flux
+from ray_ddpo.common.diffusion.families import sana as policy_sana
 from ray_ddpo.common.diffusion.families import sd3 as policy_sd3
 from ray_ddpo.common.diffusion.families import sdxl as policy_sdxl
 from ray_ddpo.common.diffusion.families import stable_diffusion as policy_stable_diffusion
@@ -37,6 +38,7 @@ PIPELINES = {
     "sdxl": "StableDiffusionXLPipeline",
     "sd3": "StableDiffusion3Pipeline",
     "flux": "FluxPipeline",
+    "sana": "SanaPipeline",
 }
 # Blocks whose kohya names diffusers reads in every size; the others only in FLUX's own size.
 FLUX_LAYERS = tuple(f"transformer_blocks.0.attn.{layer}" for layer in ("to_q", "to_v", "add_k_proj", "to_out.0"))
@@ -72,6 +74,9 @@ def output(pipeline: Any, family: str) -> Tensor:
         keys: Any = {"do_classifier_free_guidance": False, "max_sequence_length": 12}
         embeds, _, pooled, _ = pipeline.encode_prompt("cat", None, None, **keys)
         rows, call = (embeds, pooled), policy_sd3.call_transformer
+    elif family == "sana":
+        rows = pipeline.encode_prompt("cat", False, device="cpu", max_sequence_length=14)[:2]
+        call = policy_sana.call_transformer
     else:
         rows = pipeline.encode_prompt("cat", None, max_sequence_length=12)[:2]
         call = functools.partial(policy_flux.call_transformer, 3.5)
@@ -122,7 +127,7 @@ SITUATIONS = {
 
 @pytest.mark.parametrize(
     "family",
-    ["stable_diffusion", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sdxl", "sd3", "flux"))],
+    ["stable_diffusion", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sdxl", "sd3", "flux", "sana"))],
 )
 def test_every_form_that_diffusers_reads_has_its_effect_here(
     family: str, models: Callable[[str], Path], tmp_path: Path

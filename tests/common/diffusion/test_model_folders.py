@@ -56,6 +56,18 @@ def test_names_of_earlier_versions_are_read_as_diffusers_and_transformers_read_t
 
 
 @pytest.mark.thorough
+def test_the_class_name_that_a_pixart_sigma_was_published_with_is_read(models: dict[str, Path], tmp_path: Path) -> None:
+    model = copied(models["pixart_sigma"], tmp_path / "model")
+    change_json(model / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
+    change_json(model / "transformer" / "config.json", _class_name="Transformer2DModel")
+    before, after = (load("pixart_sigma", folder) for folder in (models["pixart_sigma"], model))
+    assert type(after.network) is type(before.network)
+    state = after.network.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in before.network.state_dict().items())
+    assert_accepted("a PixArt-Sigma whose network is called Transformer2DModel")
+
+
+@pytest.mark.thorough
 def test_a_full_clip_gives_its_text_tower(models: dict[str, Path], tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 

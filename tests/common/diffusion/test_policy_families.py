@@ -21,16 +21,18 @@ from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import (
-    DDIM_SAMPLED,
+    BY_DDIM,
     MAKERS,
     SAFETY_CHECKED,
     call_keys,
     given_latents,
+    load_lora,
     policy_table,
     save_tiny_flux,
     save_tiny_flux2_klein,
     save_tiny_sd3,
     save_tiny_sdxl,
+    take_first_order_steps,
 )
 from tests.tiny_policy import scatter
 
@@ -65,15 +67,14 @@ def pipeline_of(family: tuple[str, Path]) -> Any:
     pipeline: Any = getattr(diffusers, config_of(family).pipeline_class).from_pretrained(
         family[1], **({"safety_checker": None} if family[0] in SAFETY_CHECKED else {})
     )
-    if family[0] in DDIM_SAMPLED:
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    take_first_order_steps(family[0], pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def pipelines_images(family: tuple[str, Path], pipeline: Any, shape: tuple[int, ...]) -> np.ndarray:
     latents = given_latents(family[0], next(image_noise(SEEDS, shape)))
-    keys = call_keys(family[0], 3.0) | ({"eta": 0.0} if family[0] in DDIM_SAMPLED else {})
+    keys = call_keys(family[0], 3.0) | ({"eta": 0.0} if family[0] in BY_DDIM else {})
     images = pipeline(prompt=PROMPTS, latents=latents, num_inference_steps=4, **keys).images
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
@@ -101,7 +102,7 @@ def test_a_lora_loads_in_plain_diffusers_and_gives_the_same_images(family: tuple
     assert settings is not None and settings.rank == policy.config.lora.rank
     assert set(settings.target_modules) == set(policy.config.lora.target_modules)
     pipeline = pipeline_of(family)
-    pipeline.load_lora_weights(tmp_path / "lora")
+    load_lora(pipeline, tmp_path / "lora")
     assert_alike(after, pipelines_images(family, pipeline, policy.latent_shape))
 
 
