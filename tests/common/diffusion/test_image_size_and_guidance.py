@@ -22,6 +22,7 @@ from tests.tiny_families import MAKERS, PACKED, call_keys, policy_table
 
 SIZES = {"stable_diffusion": (24, 16), "sdxl": (48, 64), "sd3": (12, 24), "flux": (24, 12), "qwen_image": (24, 12)}
 OTHER_THAN_EMPTY = ("sdxl", "qwen_image")  # where no negative prompt is given, the one takes zeros, the other a space
+IN_TURNS = (pytest.mark.thorough, pytest.mark.rotated(every=2))
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
 
 
@@ -29,7 +30,7 @@ PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
     scope="module",
     params=[
         "stable_diffusion",
-        *(pytest.param(name, marks=pytest.mark.thorough) for name in POLICIES if name != "stable_diffusion"),
+        *(pytest.param(name, marks=IN_TURNS) for name in POLICIES if name != "stable_diffusion"),
     ],
 )
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
