@@ -10,7 +10,7 @@ QUICK := not system and not thorough and not same_bits and not parity and not co
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study short-study three-steps animal-reward guard held-out window saved-calls step-counts overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check configuration pretrain site verification clean
+.PHONY: demo test test-all-cases test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study short-study three-steps animal-reward guard held-out window saved-calls step-counts overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check configuration pretrain site verification clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -26,10 +26,18 @@ test-system: $(VENV)/installed
 test-thorough: $(VENV)/installed
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m thorough tests
 
+# All cases of the tests that take turns, of which DDPO_TEST_TURN chooses some elsewhere.
+test-all-cases: export DDPO_TEST_TURN = all
+test-all-cases: test test-system test-thorough
+
 # Repeat tests with other CPU kernels: make test-kernels KERNELS=ONEDNN_MAX_CPU_ISA=AVX2. PART=tests repeats all of them.
 PART ?= tests/common/diffusion tests/learner tests/actors tests/contracts
+# Files, refusals and sizes depend on no kernel.
+WITHOUT_KERNELS := learner/test_checkpoint learner/test_checkpoint_faults learner/test_shards learner/test_resume \
+    contracts/test_trackers common/diffusion/test_policy_trial common/diffusion/test_model_folders_refused \
+    common/diffusion/test_sizes common/diffusion/test_sizes_cache common/diffusion/test_repeated_operations
 test-kernels: $(VENV)/installed
-	env $(KERNELS) $(BIN)/python -m pytest $(TWO_AT_ONCE) -m "$(QUICK)" $(PART)
+	env $(KERNELS) $(BIN)/python -m pytest $(TWO_AT_ONCE) -m "$(QUICK)" $(WITHOUT_KERNELS:%=--ignore=tests/%.py) $(PART)
 
 # bitsandbytes is installed apart, because peft imports it in every process if it can, which takes 1.7 s.
 eight-bit: $(VENV)/installed

@@ -4,9 +4,11 @@ import gc
 import logging
 import os
 import secrets
+import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 gc.disable()  # until the tests are collected, because most of what is imported stays
@@ -19,7 +21,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from moto.server import ThreadedMotoServer  # noqa: E402
 
+from ray_ddpo.common.diffusion.memory.sizes_cache import sizes_cache  # noqa: E402
 from ray_ddpo.common.recipe.recipe import Recipe  # noqa: E402
+from tests.system.forked_workers import forked_workers, forking_process  # noqa: E402
 from tests.tiny_pipeline import save_tiny_pipeline  # noqa: E402
 
 # Ray reads its token once a process: every cluster of this process, and what it starts, uses the same one.
@@ -27,13 +31,15 @@ TOKEN_FOLDER = tempfile.TemporaryDirectory(prefix="ray-token-")
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(TOKEN_FOLDER.name) / "token")
 Path(os.environ["RAY_AUTH_TOKEN_PATH"]).write_text(secrets.token_hex(32))
-os.environ["RAY_DDPO_CACHE"] = str(Path(TOKEN_FOLDER.name) / "cache")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of counted sizes
+    os.environ["RAY_DDPO_CACHE"] = str(Path(TOKEN_FOLDER.name) / "cache")
 torch.set_num_threads(1)
 # A busy machine is no failure: no test depends on its own speed.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and so it would be in what tests start
 SECRET = "never-to-be-shown"
+MARK = "of_the_tests"  # a resource of the tests' own cluster
 # Files that take minutes: begun first, so that at the end no worker has one to itself.
 LONGEST = (
     *("test_documentation", "test_gpu", "test_cluster", "test_lora_start", "test_ranks", "test_shapes"),
@@ -42,9 +48,32 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# The cases of a test marked `rotated` take turns: a number, of which each commit has another one, or "all" of them.
+TURN = os.environ.get("DDPO_TEST_TURN", "0")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if TURN != "all":
+        waiting = waiting_cases(items, int(TURN))
+        config.hook.pytest_deselected(items=waiting)
+        items[:] = [item for item in items if item not in waiting]
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def waiting_cases(items: Iterable[pytest.Item], turn: int) -> set[pytest.Item]:
+    """Return the cases of rotated tests that wait for another turn. In every turn each test has a case."""
+    cases: dict[tuple[str, bool], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("rotated"):
+            test = item.nodeid.partition("[")[0], bool(item.get_closest_marker("thorough"))
+            cases.setdefault(test, []).append(item)
+    waiting: set[pytest.Item] = set()
+    for each in cases.values():
+        (marker,) = each[0].iter_markers("rotated")
+        every = min(marker.kwargs["every"], len(each))
+        waiting.update(item for place, item in enumerate(each) if place % every != turn % every)
+    return waiting
 
 
 def pytest_collection_finish() -> None:
@@ -82,6 +111,47 @@ def tables(tiny_model: Path, tmp_path: Path) -> dict:
 @pytest.fixture
 def recipe(tables: dict) -> Recipe:
     return Recipe.parse(tables)
+
+
+@pytest.fixture(scope="session")
+def cluster_folder() -> Iterator[str]:
+    """Start the process that forks workers and programs. Short, because a socket's path may have 107 bytes."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
+    with forking_process(folder):
+        yield folder
+        ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster(cluster_folder: str) -> None:
+    """One cluster with eight CPUs for all tests, started again if a test has left or replaced it."""
+    import ray
+
+    if ray.is_initialized() and ray.cluster_resources().get(MARK):
+        return
+    ray.shutdown()
+    os.environ.pop("RAY_ADDRESS", None)
+    # A process that has looked for a GPU cannot be forked for work on one.
+    with nullcontext() if torch.cuda.is_available() else forked_workers():
+        ray.init(
+            address="local",
+            num_cpus=8,
+            resources={MARK: 1},
+            object_store_memory=200_000_000,
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=cluster_folder,
+        )
+
+
+@pytest.fixture(scope="module")
+def counted_once() -> Iterator[None]:
+    """Count each model's sizes once in all workers of a run of the tests: FLUX takes a quarter of a minute."""
+    with sizes_cache():
+        yield
 
 
 @pytest.fixture(scope="session")

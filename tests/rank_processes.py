@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as distributed
 from torch.distributed.fsdp import FSDPModule
@@ -227,6 +228,16 @@ DEEDS: dict[str, Callable[[Case, ProcessGroup, str], Outcome]] = {
     each.__name__: each
     for each in (learn, meet_a_bad_trajectory, go_apart, find_least_micro_batch, measure_memory, lose_one)
 }
+
+
+def chosen(request: pytest.FixtureRequest, *parameters: str) -> set[tuple[Any, ...]]:
+    """Return the values of these parameters in the cases of the module that run now, in this turn."""
+    cases = [item.callspec.params for item in request.session.items if item.path == request.path and _has_cases(item)]
+    return {tuple(case[name] for name in parameters) for case in cases if case.keys() >= set(parameters)}
+
+
+def _has_cases(item: pytest.Item) -> TypeGuard[pytest.Function]:
+    return hasattr(item, "callspec")
 
 
 def run_in_ranks(cases: dict[str, Case], folder: Path, count: int = 2) -> dict[str, list[Outcome]]:

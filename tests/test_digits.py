@@ -1,7 +1,6 @@
 """Test the example family docs/digits: its parts, and its page's commands as they stand."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.weights.run_weights import run_weights
 from ray_ddpo.deploy.driver.components import build_components
+from tests.system.forked_workers import forked_program
 from tests.test_documentation import ROOT, blocks
 from tests.tiny_families import save_tiny_digits
 from tests.tiny_policy import SAMPLING
@@ -153,9 +153,9 @@ def test_the_example_is_pretrained_trained_reported_and_sampled(
 
 
 @pytest.mark.thorough
-def test_the_pages_commands_run_as_they_stand_and_ink_increases(beside_the_example: Path) -> None:
+def test_the_pages_commands_run_as_they_stand_and_ink_increases(beside_the_example: Path, cluster_folder: str) -> None:
     (block,) = [block for block in blocks(PAGE, "bash") if block.startswith("cd docs/digits\n")]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = forked_program(Path(cluster_folder))
     alone = "ddpo train digits.toml --serial --name alone"
     for command in [*block.splitlines()[1:], alone]:
         done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=1000)

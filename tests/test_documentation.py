@@ -1,6 +1,5 @@
 """Run the commands and examples of the documentation as they stand."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from ray_ddpo.cli import RUN
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.driver.components import build_components
 from tests.rated_images import save_images, write_ratings
+from tests.system.forked_workers import forked_program
 from tests.tiny_clip import save_tiny_clip
 
 ROOT = Path(__file__).parents[1]
@@ -151,14 +151,14 @@ def test_commands_wait_for_those_whose_output_they_read() -> None:
 
 
 @pytest.mark.thorough
-def test_documented_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
+def test_documented_ddpo_commands_run_as_they_stand(tmp_path: Path, cluster_folder: str) -> None:
     shutil.copytree(RECIPES, tmp_path / "deploy" / "recipes")
     demo = tmp_path / "deploy" / "recipes" / "demo.toml"
     demo.write_text(small_recipe(RECIPES / "demo.toml"))
     write_ratings(tmp_path / "ratings.csv", save_images(tmp_path / "images", 100))
     save_tiny_clip(tmp_path / "clip")
     (tmp_path / "config.json").write_text(blocks(ROOT / "docs" / "coming_from_trl.md", "json")[0])
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = forked_program(Path(cluster_folder))
     run_of_the_pages = "ddpo train demo --rounds 2 --name quick"
     ended: dict[str, Future[None]] = {}
 

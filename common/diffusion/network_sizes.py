@@ -10,6 +10,7 @@ from torch import Tensor
 from ray_ddpo.common.diffusion.memory.live_bytes import line_through, peak_bytes
 from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
 from ray_ddpo.common.diffusion.memory.network_memory import Inputs, count_network
+from ray_ddpo.common.diffusion.memory.repeated_operations import RepeatedOperations
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -34,7 +35,8 @@ def network_sizes(
         device: the device whose memory is counted.
         decode: makes images from latents, without a network.
     """
-    counts = count_network(config, network, inputs, device)
+    with RepeatedOperations():
+        counts = count_network(config, network, inputs, device)
     held = counts.network_bytes + library_bytes(device)
     trajectory = DTYPES[sampling.latents_dtype].itemsize * (sampling.num_steps + 1) * math.prod(inputs.latent_shape)
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
 from ray_ddpo.common.diffusion.unread_weights import UnreadWeights, replace_parameter
@@ -53,6 +52,8 @@ def read_own_rows(network: nn.Module, unread: UnreadWeights, mesh: DeviceMesh, o
     Raises:
         ValueError: A file cannot be read, or a weight is not finite.
     """
+    from torch.distributed.tensor import DTensor, Shard
+
     empty = {name: value for name, value in network.named_parameters() if value.is_meta}
     names = {unread.stored_name(name): name for name in empty}
     assert names.keys() == unread.files.keys(), "each unread parameter has its place in the network"

@@ -1,4 +1,7 @@
-"""Shard a network over the ranks with FSDP2, and give the optimizer each parameter's shard as a plain tensor."""
+"""Shard a network over the ranks with FSDP2, and give the optimizer each parameter's shard as a plain tensor.
+
+FSDP2 is imported where it is used: it takes most of a second, and `ddpo plan` and `ddpo status` need none.
+"""
 
 import copy
 import warnings
@@ -10,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from ray_ddpo.common.diffusion.lora.adapters import as_tensor, trained_parameters
 from ray_ddpo.common.diffusion.units import units_of
@@ -33,6 +34,8 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, offload: bool = False) -
     Raises:
         ValueError: A parameter has no axis that could be sharded.
     """
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
     check_shardable(network)
     _ignore_views_of_diffusers([*units_of(network), network])
     keys: dict[str, Any] = {
@@ -101,6 +104,8 @@ def _local(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _local_tensor(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
     detached = tensor.detach()
     assert isinstance(detached, DTensor), "every parameter is sharded"
     return detached.to_local()

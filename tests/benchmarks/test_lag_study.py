@@ -1,13 +1,13 @@
 """The lag study: its list of runs, its clock, and that existing runs are not repeated."""
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks.lag_study import IMAGES, SEEDS, all_runs, setting_parts
+from benchmarks.lag_study import IMAGES, SEEDS, all_runs, main, setting_parts
 from benchmarks.lag_study_chart import curve, paces, round_seconds, seconds_an_image, table
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.driver.components import build_components
@@ -111,30 +111,35 @@ def test_a_table_line_by_hand() -> None:
     assert seconds_an_image(runs[0], paces(runs, {})["plain"], 1) == pytest.approx(seconds)
 
 
-def study(tmp_path: Path, *words: str) -> str:
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Return a function that runs the program with some words and returns its output."""
     places = ["--results", str(tmp_path / "results.jsonl"), "--image", str(tmp_path / "chart.png")]
-    places += ["--costs", str(tmp_path / "costs.json")]
-    command = [sys.executable, "-m", "benchmarks.lag_study", "--folder", str(tmp_path), *places, *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    places += ["--costs", str(tmp_path / "costs.json"), "--folder", str(tmp_path)]
+
+    def printed(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["lag_study", *places, *words])
+        assert main() == 0
+        return capsys.readouterr().out
+
+    return printed
 
 
-@pytest.mark.thorough
-def test_existing_results_are_listed_kept_and_plotted(tmp_path: Path) -> None:
+def test_existing_results_are_listed_kept_and_plotted(tmp_path: Path, study: Callable[..., str]) -> None:
     runs = [result("large-lag1-plain", seed, 64, [-2.5] * 12) for seed in SEEDS]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     (tmp_path / "costs.json").write_text(json.dumps({"update over the plain one": {"plain": 1.0}}))
-    lines = study(tmp_path, "--list", "--only", "large-lag1-*").splitlines()
+    lines = study("--list", "--only", "large-lag1-*").splitlines()
     assert {line.split()[1] for line in lines if line.startswith("done")} == {
         f"large-lag1-plain-seed{seed}-{IMAGES}images" for seed in SEEDS
     }
     assert len(lines) == 5 * len(SEEDS)  # the settings of large rounds at lag 1
-    assert study(tmp_path, "--run", "--only", "large-lag1-plain-*") == ""
-    assert "| large-lag1-plain | -25.0, -30.0, -35.0 % |" in study(tmp_path, "--chart")
+    assert study("--run", "--only", "large-lag1-plain-*") == ""
+    assert "| large-lag1-plain | -25.0, -30.0, -35.0 % |" in study("--chart")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
 
 
-@pytest.mark.thorough
-def test_images_that_do_not_fill_rounds_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(subprocess.CalledProcessError) as refused:
-        study(tmp_path, "--list", "--images", "100")
-    assert "--images is 100: it must be a multiple of 64" in refused.value.stderr
+def test_images_that_do_not_fill_rounds_are_refused(study: Callable[..., str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        study("--list", "--images", "100")
+    assert "--images is 100: it must be a multiple of 64" in capsys.readouterr().err

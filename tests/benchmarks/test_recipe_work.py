@@ -27,6 +27,7 @@ def flux_forward(rank: int) -> int:
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("counted_once")
 def test_flux_operations_follow_from_its_layer_sizes() -> None:
     """Count twelve billion parameters on the meta device, which takes a quarter of a minute."""
     components = build_components(Recipe.load(RECIPES / "families" / "flux_dev_pickscore.toml", []))

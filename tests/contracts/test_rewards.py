@@ -191,6 +191,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.thorough if "4096" in kind else ()) for kind in HOSTILE]
 )
@@ -202,6 +203,7 @@ def test_a_hostile_image_has_a_finite_score(
     assert rewards.shape == (len(images),) and rewards.dtype == np.float32 and np.isfinite(rewards).all()
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("prompt", ["", " \n", "cat " + "very furry " * 1000, "猫 \x00 <|endoftext|> cat"])
 def test_a_hostile_prompt_has_a_finite_score_or_a_clear_error(
     reward: LoadedReward, images: np.ndarray, prompt: str, prompts: list[str], metadata: list[dict[str, Any]]

@@ -135,6 +135,7 @@ def test_an_error_of_the_file_system_is_one_line_with_the_path(run: Path, capsys
 
 
 @pytest.mark.thorough
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("damage", [*DAMAGES, a_link_to_itself])
 def test_every_command_survives_every_damaged_file(
     damage: Callable[[Path], None], whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

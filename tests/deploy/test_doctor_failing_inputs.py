@@ -124,6 +124,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
 
 
 @pytest.mark.thorough
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize(("name", "change"), DAMAGES, ids=[f"{name}-{change.__name__}" for name, change in DAMAGES])
 def test_a_damaged_model_is_a_fault(
     name: str,

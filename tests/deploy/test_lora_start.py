@@ -89,7 +89,7 @@ def test_what_is_called_pretrained_is_the_model_without_the_lora(home: Path, cap
 
 
 @pytest.mark.thorough
-def test_a_run_on_ray_begins_with_the_same_weights_and_ends_with_the_same(home: Path) -> None:
+def test_a_run_on_ray_begins_with_the_same_weights_and_ends_with_the_same(home: Path, cluster: None) -> None:
     assert trained(home, "one_process", "--serial", "--rounds", "1") == 0
     assert trained(home, "on_ray", "--rounds", "1") == 0
     assert np.array_equal(weights_of(home, "one_process"), weights_of(home, "on_ray"))

@@ -19,6 +19,7 @@ from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.learner import Learner
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
+pytestmark = pytest.mark.usefixtures("counted_once")
 
 
 def test_the_plan_of_a_small_recipe_matches_its_components(recipe: Recipe) -> None:

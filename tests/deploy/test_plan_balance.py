@@ -10,7 +10,6 @@ import pytest
 
 from ray_ddpo.cli import main
 from ray_ddpo.common.balance import Layout
-from ray_ddpo.common.diffusion.memory.sizes_cache import sizes_cache
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.commands.plan.balance import RATE, balance_rows, work_in_words
 from ray_ddpo.deploy.commands.plan.layout import candidates, layout_of, misfit, with_keys
@@ -236,20 +235,20 @@ def stated(name: str) -> tuple[int, int]:
 
 
 @pytest.mark.thorough
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("name", shipped())
-def test_a_shipped_recipe_is_balanced_and_fits_the_memory_it_states(name: str) -> None:
+def test_a_shipped_recipe_is_balanced_and_fits_the_memory_it_states(name: str, counted_once: None) -> None:
     recipe = Recipe.load(RECIPES / name)
     components = components_of(recipe)
-    with sizes_cache():
-        numbers = plan_of_components(components)
-        work = image_work(components, numbers.sizes)
-        assert work.is_counted
-        load = round_load(components, numbers.sizes, work, RATE)
-        gpus, gigabytes = stated(name)
-        own = layout_of(recipe, load)
-        assert misfit(recipe, components, float(gigabytes)) is None
-        assert own.idle_gpus < MOST_IDLE, own
-        fitting = [each for each in candidates(components, load, gpus, float(gigabytes)) if each.misfit is None]
+    numbers = plan_of_components(components)
+    work = image_work(components, numbers.sizes)
+    assert work.is_counted
+    load = round_load(components, numbers.sizes, work, RATE)
+    gpus, gigabytes = stated(name)
+    own = layout_of(recipe, load)
+    assert misfit(recipe, components, float(gigabytes)) is None
+    assert own.idle_gpus < MOST_IDLE, own
+    fitting = [each for each in candidates(components, load, gpus, float(gigabytes)) if each.misfit is None]
     assert own.seconds < 1.01 * fitting[0].layout.seconds, (own, fitting[0].layout)
 
 

@@ -21,7 +21,7 @@ from ray_ddpo.learner.sharding.sharded_network import local_shards, shard_networ
 from tests.conftest import small_tables
 
 FAMILIES = Path("deploy/recipes/families")
-pytestmark = pytest.mark.thorough  # counts FLUX several times: a minute
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("counted_once")]  # counts FLUX: half a minute
 
 
 @pytest.fixture

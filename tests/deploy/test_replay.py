@@ -1,6 +1,7 @@
 """ddpo replay: a round sampled again equals the trained round, and differences are reported."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,19 +14,27 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.train import run_training
+from tests.conftest import small_tables
 
 
-@pytest.fixture
-def run(tables: dict, tmp_path: Path) -> RunFolder:
-    """Three rounds at lag 1: the last checkpoint holds versions 2 and 3, the one before versions 1 and 2."""
-    tables |= {"rounds": 3, "max_policy_lag": 1, "checkpoint": {"every": 1, "keep": 2}}
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Train three rounds at lag 1: the last checkpoint holds versions 2 and 3, the one before versions 1 and 2."""
+    home = tmp_path_factory.mktemp("replay")
+    tables = small_tables(tiny_model, home) | {"rounds": 3, "max_policy_lag": 1, "checkpoint": {"every": 1, "keep": 2}}
     lines = [json.dumps({"prompt": f"cat {at}", "bonus": at, "about": {"boxes": [[at, 0.1]]}}) for at in range(5)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    tables["prompts"] = {"name": "file", "path": str(tmp_path / "prompts.jsonl")}
+    (home / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    tables["prompts"] = {"name": "file", "path": str(home / "prompts.jsonl")}
     tables["reward"] = {"name": "function", "path": "tests.user_functions:prompts_and_metadata"}
     recipe = Recipe.parse({**tables, "rollouts": {"images_every": 2}})
     run_training(recipe, serial=True)
-    return RunFolder(recipe.run_path())
+    return recipe
+
+
+@pytest.fixture
+def run(trained: Recipe, tmp_path: Path) -> RunFolder:
+    """Return a copy of the run, to be altered."""
+    return RunFolder(str(shutil.copytree(trained.run_path(), tmp_path / "run")))
 
 
 def replayed(folder: RunFolder, round_index: int, capsys: pytest.CaptureFixture, *overrides: str) -> tuple[int, str]:
@@ -43,11 +52,11 @@ def alter(folder: RunFolder, round_index: int, change: Callable[[list[dict]], No
     parquet.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
 
 
-def test_a_run_writes_every_round_into_its_ledger(run: RunFolder, recipe: Recipe) -> None:
-    ledger = Ledger(run.storage, recipe.rollouts)
+def test_a_run_writes_every_round_into_its_ledger(run: RunFolder, trained: Recipe) -> None:
+    ledger = Ledger(run.storage, trained.rollouts)
     assert ledger.rounds() == [0, 1, 2]
     versions = [ledger.read(round_index).to_pydict()["policy_version"][0] for round_index in range(3)]
-    assert versions == [0, 0, 1] and ledger.read(1).num_rows == recipe.images_per_round
+    assert versions == [0, 0, 1] and ledger.read(1).num_rows == trained.images_per_round
     assert ["pixels" in ledger.read(round_index).column_names for round_index in range(3)] == [True, False, True]
     for row in ledger.read(2).to_pylist():
         at = int(row["prompt"].removeprefix("cat "))

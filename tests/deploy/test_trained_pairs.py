@@ -30,6 +30,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "advantages": {"rewards": [FIRST, SECOND], **DGPO},
     "dropped": {"rewards": [FIRST, {"name": "function", "path": "tests.faulty_rewards:not_finite_for_bad"}]},
 }
+IN_TURNS = (pytest.mark.thorough, pytest.mark.rotated(every=2))
 QUICK = ("floor", "kl_reward")  # a run takes two seconds, and both are tested before each merge
 LIKE_THE_SUM = ("sum", "dropped")  # in all others the weighted sum chooses other pairs
 
@@ -67,9 +68,7 @@ def pairs_of(values: np.ndarray, pixels: list[bytes]) -> list[tuple[bytes, bytes
     return found
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.thorough) for name in RUNS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else IN_TURNS) for name in RUNS])
 def test_the_pairs_of_a_file_are_those_that_the_run_was_trained_on(name: str, tiny_model: Path, tmp_path: Path) -> None:
     """The ledger's advantages are +1 and −1 for a pair with `dpo`, and the aggregated advantages with `dgpo`."""
     recipe, run = trained(tiny_model, tmp_path, RUNS[name])

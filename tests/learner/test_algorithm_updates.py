@@ -58,9 +58,9 @@ def learn(learner: Learner, components: Components, round_index: int) -> tuple[d
     return learner.update(sampled.batch, *sampled.trajectories)
 
 
+IN_TURNS = (pytest.mark.thorough, pytest.mark.rotated(every=3))
 RESUMED = [  # one of each kind always; the others share its lines
-    pytest.param(name, marks=() if name in ("ddpo_is", "diffusion_nft") else pytest.mark.thorough)
-    for name in ALGORITHMS
+    pytest.param(name, marks=() if name in ("ddpo_is", "diffusion_nft") else IN_TURNS) for name in ALGORITHMS
 ]
 
 
@@ -79,6 +79,7 @@ def test_a_run_that_resumes_from_its_checkpoint_arrives_at_the_same_bits(
     assert [each.weights[-1].fingerprint for each in ends] == [ends[0].weights[-1].fingerprint] * 2
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "ddpo_sf"])
 def test_at_a_lag_every_algorithm_trains_on_data_of_an_older_version(name: str, tables: dict) -> None:
     components = of(tables, name, max_policy_lag=1)

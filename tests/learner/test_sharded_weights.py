@@ -1,5 +1,6 @@
 """A learner whose weights are sharded over ranks learns what one rank learns, in a fraction of its memory."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ray_ddpo.learner.process_group import ProcessGroup
 from ray_ddpo.learner.round_data.transitions import indices_of
 from tests.conftest import small_tables
 from tests.gradients import relative_error
-from tests.rank_processes import Case, Outcome, learn, run_in_ranks, with_changes
+from tests.rank_processes import Case, Outcome, chosen, learn, run_in_ranks, with_changes
 from tests.tiny_families import policy_table, save_tiny_flux, save_tiny_sd3
 
 Outcomes = dict[str, list[Outcome]]
@@ -52,6 +53,7 @@ LEARNED: dict[str, tuple[dict, dict]] = {
     "flux": ({"policy": {"name": "flux"}, **THREE_STEPS}, {}),
 }
 FOUR_RANKS = ("double lora", "double full", "double sd3", "double dpok", "double dropped")
+LOOKED_AT = ((2, "double full"), (4, "double full"), (2, "lora"))  # by other tests too; the others take turns
 LARGEST_ERROR = {"float16": 2e-2, "full bfloat16": 2e-2}  # the others in float32: 1e-5
 
 
@@ -104,13 +106,16 @@ def case_of(small: dict, families: dict[str, Path], name: str, learner: dict) ->
 
 
 @pytest.fixture(scope="module")
-def outcomes(small: dict, families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Outcomes]:
-    """Run the cases in two and in four ranks, and return each rank's outcome."""
-    names = {2: tuple(LEARNED), 4: FOUR_RANKS}
+def outcomes(
+    request: pytest.FixtureRequest, small: dict, families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Outcomes]:
+    """Run the cases of this turn in two and in four ranks, and return each rank's outcome."""
+    of_turn = chosen(request, "count", "name").union(LOOKED_AT)
     found = {}
-    for count, of_count in names.items():
+    for count in (2, 4):
         learner = {**SHARDED, "world_size": count}
-        cases = {name: case_of(small, families, name, learner) for name in of_count}
+        names = [name for name in LEARNED if (count, name) in of_turn]
+        cases = {name: case_of(small, families, name, learner) for name in names}
         if count == 2:
             cases |= memory_cases(small, tmp_path_factory.mktemp("deep"))
             cases["meet_a_bad_trajectory"] = Case(cases["lora"].tables, "meet_a_bad_trajectory")
@@ -121,14 +126,21 @@ def outcomes(small: dict, families: dict[str, Path], tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def alone(small: dict, families: dict[str, Path]) -> Callable[[str], Outcome]:
-    return lambda name: learn(case_of(small, families, name, _without_sharding(name)), ProcessGroup())
+    @functools.cache  # for two and for four ranks
+    def learned(name: str) -> Outcome:
+        return learn(case_of(small, families, name, _without_sharding(name)), ProcessGroup())
+
+    return learned
 
 
 def _without_sharding(name: str) -> dict:
     return {**ONE_RANK, "offload_weights": False}
 
 
-BOTH = [*((2, name) for name in LEARNED), *((4, name) for name in FOUR_RANKS)]
+BOTH = [
+    pytest.param(*case, marks=() if case in LOOKED_AT else pytest.mark.rotated(every=2))
+    for case in (*((2, name) for name in LEARNED), *((4, name) for name in FOUR_RANKS))
+]
 
 
 @pytest.mark.parametrize(("count", "name"), BOTH)

@@ -1,7 +1,7 @@
-"""Workers of the tests' own Ray clusters, forked from one process that has imported torch, diffusers and the roles.
+"""Workers of Ray and the program `ddpo`, forked from one process that has imported torch, diffusers and the roles.
 
-A usual worker imports for five seconds of a core. The clusters of `ray start`, of several nodes, and of `ddpo train` as
-a program have usual workers, and other tests use those.
+A usual worker or command imports for five seconds of a core. The clusters of `ray start`, of several nodes, and of a
+`ddpo train` that is no fork have usual workers, and other tests use those.
 """
 
 import gc
@@ -10,18 +10,20 @@ import json
 import os
 import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.system import ask_for_fork
-from tests.system.ask_for_fork import FORKS_AT, SETUP_WORKER
+from tests.system.ask_for_fork import FORKS_AT, PROGRAM, SETUP_WORKER
 
 # Without Ray, which reads environment variables of the worker while it is imported.
 IMPORTED = (
@@ -61,8 +63,24 @@ def forked_workers() -> Iterator[None]:
         yield
 
 
+def forked_program(folder: Path) -> dict[str, str]:
+    """Write a `ddpo` that is forked, and so are the workers of its cluster. Return an environment that finds it first.
+
+    Needs the forking process. On a machine with a GPU the environment finds the usual program.
+    """
+    programs = Path(sys.executable).parent
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    # A process that has looked for a GPU cannot be forked for work on one.
+    if not torch.cuda.is_available():
+        words = shlex.join([sys.executable, "-S", ask_for_fork.__file__, PROGRAM, str(programs / "ddpo")])
+        (folder / "ddpo").write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        (folder / "ddpo").chmod(0o755)
+        path = f"{folder}{os.pathsep}{path}"
+    return {**os.environ, "PATH": path}
+
+
 def serve(listening: socket.socket) -> None:
-    """Fork a worker at each request. End when standard input is closed."""
+    """Fork a worker or a program at each request. End when standard input is closed."""
     importlib.import_module("ray_ddpo.common.diffusion.policy").quiet_libraries()
     for name in IMPORTED:
         importlib.import_module(name)
@@ -74,14 +92,17 @@ def serve(listening: socket.socket) -> None:
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 listening.close()
-                become_worker(connection)
+                become_worker_or_program(connection)
 
 
-def become_worker(connection: socket.socket) -> None:
-    """Take over the command, environment and output of a request, and run Ray's default_worker.py."""
+def become_worker_or_program(connection: socket.socket) -> None:
+    """Take over the command, environment and output of a request, and run Ray's default_worker.py or the program."""
     size, outputs, _, _ = socket.recv_fds(connection, 4, 3)
     with connection.makefile("rb") as request:
-        command, environment, folder = json.loads(request.read(int.from_bytes(size, "big")))
+        command, environment, folder, is_program = json.loads(request.read(int.from_bytes(size, "big")))
+    if is_program and (program := os.fork()):
+        connection.sendall(bytes([os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]) % 256]))
+        os._exit(0)
     connection.close()
     for number, output in enumerate(outputs):
         os.dup2(output, number)
@@ -90,7 +111,8 @@ def become_worker(connection: socket.socket) -> None:
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv, sys.path[0] = command, os.path.dirname(command[0])
-    runpy.run_path(command[0], run_name="__main__")
+    with forked_workers() if is_program else nullcontext():
+        runpy.run_path(command[0], run_name="__main__")
     sys.exit()
 
 

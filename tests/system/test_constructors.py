@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, Changes]] = {
     "sampler": ("a sampler runs out of memory while it is loading", policy(name=OWN, fails={"sampler": "memory"})),
     "memory": ("the learner runs out of memory while it is loading", policy(name=OWN, fails={"learner": "memory"})),
 }
+IN_TURNS = (pytest.mark.thorough, pytest.mark.rotated(every=3))
 ON_RAY = ("module", "text encoder", "memory")  # one of each kind of role; the others take their turn in `thorough`
 
 
@@ -80,7 +81,7 @@ def test_a_role_that_cannot_start_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.system if case in ON_RAY else pytest.mark.thorough) for case in CASES]
+    "case", [pytest.param(case, marks=pytest.mark.system if case in ON_RAY else IN_TURNS) for case in CASES]
 )
 def test_on_ray_the_same_role_ends_the_run_in_the_same_line_and_soon(
     case: str, tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture, cluster: None

@@ -17,15 +17,14 @@ from tests.input_files import input_table, save_inputs
 from tests.system.conftest import final_fingerprint
 from tests.tiny_families import MAKERS, load_lora, policy_table
 
-ON_RAY = [
-    pytest.param(name, marks=pytest.mark.system if name in ("sd3", "flux_kontext") else pytest.mark.thorough)
-    for name in POLICIES
-]
+IN_TURNS = (pytest.mark.thorough, pytest.mark.rotated(every=2))
+EACH_TIME = ("sd3", "flux_kontext")
+ON_RAY = [pytest.param(name, marks=pytest.mark.system if name in EACH_TIME else IN_TURNS) for name in POLICIES]
 
 
 def thorough_but(*names: str) -> list[Any]:
     """All families, of which only these belong to every run of the tests."""
-    return [pytest.param(name, marks=() if name in names else pytest.mark.thorough) for name in POLICIES]
+    return [pytest.param(name, marks=() if name in names else IN_TURNS) for name in POLICIES]
 
 
 def recipe_of(tables: dict, folder: Path, family: str, **changes: Any) -> Recipe:

@@ -13,6 +13,7 @@ from ray_ddpo.common.diffusion.loading.model_index import INDEX, about_model, re
 from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
 from ray_ddpo.common.diffusion.memory.network_memory import Inputs, count_network
 from ray_ddpo.common.diffusion.memory.network_work import decoder_work
+from ray_ddpo.common.diffusion.memory.repeated_operations import RepeatedOperations
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes, parameter_bytes
 from ray_ddpo.common.diffusion.policy import quiet_libraries
 from ray_ddpo.common.model_files.model_hub import file_from_hub
@@ -51,7 +52,8 @@ def model_sizes(
     key = (keys, json.dumps(configs, sort_keys=True), config.branches(sampling), device)
     if key not in _counted:
         alike = SamplingTable(guidance_scale=2.0 if config.branches(sampling) == 2 else 0.0)
-        _counted[key] = _count(config, json.loads(key[1]), alike, device)
+        with RepeatedOperations():
+            _counted[key] = _count(config, json.loads(key[1]), alike, device)
     sizes = _counted[key]
     trajectory = (sampling.num_steps + 1) * math.prod(sizes.latent_shape)  # elements per image
     stored = DTYPES[sampling.latents_dtype].itemsize

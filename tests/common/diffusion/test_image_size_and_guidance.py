@@ -46,6 +46,7 @@ SIZES = {
     "pixart_sigma": (48, 32),
 }
 OTHER_THAN_EMPTY = ("sdxl", "qwen_image")  # where no negative prompt is given, the one takes zeros, the other a space
+IN_TURNS = (pytest.mark.thorough, pytest.mark.rotated(every=2))
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
 
 
@@ -53,7 +54,7 @@ PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
     scope="module",
     params=[
         "stable_diffusion",
-        *(pytest.param(name, marks=pytest.mark.thorough) for name in POLICIES if name != "stable_diffusion"),
+        *(pytest.param(name, marks=IN_TURNS) for name in POLICIES if name != "stable_diffusion"),
     ],
 )
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:

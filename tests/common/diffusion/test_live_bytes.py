@@ -102,6 +102,7 @@ KINDS = {
 
 
 @pytest.mark.thorough
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pairs", [1, 3, 8])
 def test_a_learners_step_takes_what_was_predicted(kind: str, pairs: int, model: Path) -> None:

@@ -44,6 +44,8 @@ PIPELINES = {
 FLUX_LAYERS = tuple(f"transformer_blocks.0.attn.{layer}" for layer in ("to_q", "to_v", "add_k_proj", "to_out.0"))
 TARGETS = {"sd3": ("attn.to_q", "attn.add_q_proj", "attn.to_out.0"), "flux": FLUX_LAYERS}
 
+IN_TURNS = (pytest.mark.thorough, pytest.mark.rotated(every=3))
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -127,7 +129,7 @@ SITUATIONS = {
 
 @pytest.mark.parametrize(
     "family",
-    ["stable_diffusion", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sdxl", "sd3", "flux", "sana"))],
+    ["stable_diffusion", *(pytest.param(name, marks=IN_TURNS) for name in ("sdxl", "sd3", "flux", "sana"))],
 )
 def test_every_form_that_diffusers_reads_has_its_effect_here(
     family: str, models: Callable[[str], Path], tmp_path: Path
@@ -158,9 +160,9 @@ def trained(family: str, model: Path, folder: Path, settings: LoraSettings) -> t
     ("family", "alpha"),
     [
         ("stable_diffusion", 8),
-        pytest.param("sdxl", 3, marks=pytest.mark.thorough),  # 3/4 rounds the weights
-        pytest.param("sd3", 8, marks=pytest.mark.thorough),
-        pytest.param("flux", 2, marks=pytest.mark.thorough),
+        pytest.param("sdxl", 3, marks=IN_TURNS),  # 3/4 rounds the weights
+        pytest.param("sd3", 8, marks=IN_TURNS),
+        pytest.param("flux", 2, marks=IN_TURNS),
     ],
 )
 def test_our_own_file_has_one_strength_in_every_program(
@@ -214,7 +216,7 @@ def header_of(part: str, rank: int, alpha: int, targets: list[str]) -> str:
 
 @pytest.mark.parametrize(
     "family",
-    ["stable_diffusion", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sdxl", "sd3", "flux"))],
+    ["stable_diffusion", *(pytest.param(name, marks=IN_TURNS) for name in ("sdxl", "sd3", "flux"))],
 )
 def test_training_begins_with_the_effect_of_the_file(
     family: str, models: Callable[[str], Path], tmp_path: Path

@@ -142,6 +142,7 @@ def test_sdxl_encodes_no_prompt_as_its_folder_says(zeros: bool, models: dict[str
 
 
 @pytest.mark.thorough
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("family", PARTS)
 @pytest.mark.parametrize("shards", [False, True])
 def test_the_only_variant_is_taken(family: str, shards: bool, models: dict[str, Path], tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def test_a_sliced_decoder_needs_little_more_memory_for_many_images(tmp_path: Pat
 
 
 @pytest.mark.thorough
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("family", MAKERS)
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_samplers_and_a_learners_peaks_are_predicted_for_every_family(
