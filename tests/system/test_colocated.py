@@ -20,8 +20,9 @@ from ray_ddpo.deploy.driver.colocated_pairs import Pairs, refuse_too_many_pairs
 from ray_ddpo.deploy.driver.workers import place_options
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.train import run_training
+from tests.conftest import MARK
 from tests.failure_page import assert_documented
-from tests.system.conftest import MARK, final_fingerprint
+from tests.system.conftest import final_fingerprint
 from tests.system.disturbances import at_round, beside, in_turn, processes_of, wait_until
 from tests.system.nodes import local_nodes
 
