@@ -149,11 +149,11 @@ def test_a_python_program_hands_over_images_and_a_reward_that_asks_for_them(tabl
     ]
     recipe = Recipe.parse(edit_tables(tables, tmp_path) | {"rounds": 1, "evaluation": {"images": 2, "batch_size": 2}})
     run = train(recipe, prompts=rows, reward=likeness, serial=True)
-    assert all(
-        np.array_equal(inputs.pixels[0], input_pixels(0)) or np.array_equal(inputs.pixels[0], input_pixels(1))
-        for inputs in seen
-    )
-    assert any(np.array_equal(inputs.masks[0], input_mask(1)) for inputs in seen)
+    rows_seen = [row for inputs in seen for row in zip(inputs.pixels, inputs.masks, strict=True)]
+    assert rows_seen
+    for pixels, mask in rows_seen:
+        number = 0 if np.array_equal(pixels, input_pixels(0)) else 1
+        assert np.array_equal(pixels, input_pixels(number)) and np.array_equal(mask, input_mask(number))
     assert len(run.metrics) == 1
     resumed = train(recipe, prompts=rows, reward=likeness, serial=True, resume=True)
     assert len(resumed.metrics) == 1
