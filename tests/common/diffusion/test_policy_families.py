@@ -26,10 +26,10 @@ from tests.tiny_families import (
     given_latents,
     policy_table,
     save_tiny_flux,
-    save_tiny_flux2_klein,
     save_tiny_sd3,
     save_tiny_sdxl,
 )
+from tests.tiny_flux2 import save_tiny_flux2_klein
 from tests.tiny_policy import scatter
 
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
