@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from tests.tiny_families import AUTOENCODER
+from tests.tiny_decoders import AUTOENCODER
 from tests.tiny_pipeline import save_tiny_pipeline
 
 IN_RESNET = {

@@ -1,6 +1,5 @@
 """Small pipelines of the model families with random weights, of diffusers' own classes and in their format."""
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,34 +8,19 @@ import torch
 from PIL import Image
 
 from ray_ddpo.common.diffusion.families.packing import packed
-from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
-from tests.tiny_text_to_image import (
-    EIGHTFOLD,
-    save_tiny_pixart_sigma,
-    save_tiny_sana,
-    tiny_t5,
-    tiny_t5_tokenizer,
+from tests.tiny_decoders import EIGHTFOLD, FLOW_AUTOENCODER
+from tests.tiny_flux2 import save_tiny_flux2, save_tiny_flux2_klein
+from tests.tiny_language_models import (
+    QWEN_IMAGE_TEMPLATE,
+    tiny_chat_tokenizer,
+    tiny_qwen3,
+    tiny_qwen_tokenizer,
+    tiny_qwen_vl,
 )
+from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
+from tests.tiny_text_to_image import save_tiny_pixart_sigma, save_tiny_sana, tiny_t5, tiny_t5_tokenizer
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-QWEN_IMAGE_TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-)
-AUTOENCODER = {
-    "block_out_channels": (8, 8),
-    "layers_per_block": 1,
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-}
-FLOW_AUTOENCODER = AUTOENCODER | {
-    "latent_channels": 4,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "scaling_factor": 1.5,
-    "shift_factor": 0.06,
-}
 
 
 def save_tiny_sdxl(folder: Path, seed: int = 0, **scheduler: object) -> Path:
@@ -190,7 +174,7 @@ def save_tiny_qwen_image(folder: Path, seed: int = 0, **scheduler: object) -> Pa
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**keys),
         vae=vae,
-        text_encoder=_qwen_vl(32, len(tokenizer)),
+        text_encoder=tiny_qwen_vl(32, len(tokenizer)),
         tokenizer=tokenizer,
     ).save_pretrained(folder, safe_serialization=True)
     return folder
@@ -220,67 +204,10 @@ def save_tiny_z_image(folder: Path, seed: int = 0, **scheduler: object) -> Path:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**keys),
         vae=AutoencoderKL(**FLOW_AUTOENCODER),
-        text_encoder=_qwen3(32, len(tokenizer)),
+        text_encoder=tiny_qwen3(32, len(tokenizer)),
         tokenizer=tokenizer,
     ).save_pretrained(folder, safe_serialization=True)
     return folder
-
-
-FLUX2_TRANSFORMER = {
-    "in_channels": 16,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 3 * 16,
-    "axes_dims_rope": (4, 4, 4, 4),
-}
-FLUX2_SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True}
-
-
-def save_tiny_flux2(folder: Path, seed: int = 0, **scheduler: object) -> Path:
-    """Write the pipeline of dev with a tokenizer in place of a processor. `scheduler` changes its configuration."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
-
-    torch.manual_seed(seed)
-    keys: Any = FLUX2_SCHEDULER | scheduler
-    tokenizer = tiny_mistral_tokenizer()
-    Flux2Pipeline(
-        transformer=Flux2Transformer2DModel(**FLUX2_TRANSFORMER),
-        scheduler=FlowMatchEulerDiscreteScheduler(**keys),
-        vae=_flux2_decoder(),
-        text_encoder=_mistral3(16, len(tokenizer)),
-        tokenizer=tokenizer,
-    ).save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
-def save_tiny_flux2_klein(folder: Path, seed: int = 0, is_distilled: bool = False, **scheduler: object) -> Path:
-    """Write the pipeline of the base, or of the distilled model. `scheduler` changes its configuration."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
-
-    torch.manual_seed(seed)
-    keys: Any = FLUX2_SCHEDULER | scheduler
-    tokenizer = tiny_chat_tokenizer(5)
-    Flux2KleinPipeline(
-        transformer=Flux2Transformer2DModel(**FLUX2_TRANSFORMER, guidance_embeds=False),
-        scheduler=FlowMatchEulerDiscreteScheduler(**keys),
-        vae=_flux2_decoder(),
-        text_encoder=_qwen3(16, len(tokenizer), layers=28, whole=True),
-        tokenizer=tokenizer,
-        is_distilled=is_distilled,
-    ).save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
-def _flux2_decoder() -> Any:
-    """Return a decoder whose batch norm has statistics of its own."""
-    from diffusers import AutoencoderKLFlux2
-
-    vae = AutoencoderKLFlux2(**AUTOENCODER, latent_channels=4)
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2.0)
-    return vae
 
 
 def save_tiny_digits(folder: Path, seed: int = 0) -> Path:
@@ -302,71 +229,6 @@ def save_tiny_shapes(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(ShapeNetwork().state_dict(), folder / "shapes.pt")
     return folder / "shapes.pt"
-
-
-def tiny_qwen_tokenizer(template: str, length: int) -> Any:
-    """Return a tokenizer of bytes, that reads the template's text before the prompt as `length` tokens, and 1 after it."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
-
-    letters = sorted(ByteLevel.alphabet())
-    tokenizer: Any = Qwen2Tokenizer(vocab={letter: index for index, letter in enumerate(letters)}, merges=[])
-    before, after = template.split("{}")
-    edges = [round(at * len(before) / length) for at in range(length + 1)]
-    pieces = [before[start:stop] for start, stop in itertools.pairwise(edges)]
-    tokenizer.add_special_tokens({"extra_special_tokens": [*dict.fromkeys(pieces), after]})
-    return tokenizer
-
-
-def tiny_chat_tokenizer(length: int) -> Any:
-    """Return a tokenizer of bytes with a chat template that puts `length` tokens before a prompt, and 1 after it."""
-    tokenizer = tiny_qwen_tokenizer(QWEN_IMAGE_TEMPLATE, length)
-    template = QWEN_IMAGE_TEMPLATE.replace("{}", "{{ message['content'] }}")
-    tokenizer.chat_template = f"{{% for message in messages %}}{template}{{% endfor %}}"
-    return tokenizer
-
-
-def tiny_mistral_tokenizer() -> Any:
-    """Return a tokenizer of letters with a chat template that puts 5 tokens before a prompt, and 1 after it."""
-    from transformers import LlamaTokenizerFast
-
-    letters = ["▁", *(chr(code) for code in range(ord("a"), ord("z") + 1))]
-    names = ("<unk>", "<s>", "</s>", "[SYSTEM]", "[ABOUT]", "[INST]", "[PROMPT]", "[/INST]", *letters)
-    tokenizer: Any = LlamaTokenizerFast(
-        vocab={name: index for index, name in enumerate(names)}, merges=[], add_prefix_space=False
-    )
-    tokenizer.add_special_tokens({"pad_token": "<unk>", "extra_special_tokens": list(names[3:8])})
-    tokenizer.chat_template = "<s>[SYSTEM][ABOUT][INST][PROMPT]{{ messages[1]['content'][0]['text'] }}[/INST]"
-    return tokenizer
-
-
-def _mistral3(width: int, vocabulary: int) -> Any:
-    """Return a model with the 30 layers that the pipeline reads states of."""
-    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
-
-    text: Any = {"model_type": "mistral", "hidden_size": width, "intermediate_size": width, "num_hidden_layers": 31}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": vocabulary}
-    vision: Any = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
-
-
-def _qwen3(width: int, vocabulary: int, layers: int = 2, whole: bool = False) -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
-
-    keys: Any = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers}
-    keys |= {"vocab_size": vocabulary, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    return (Qwen3ForCausalLM if whole else Qwen3Model)(Qwen3Config(**keys))
-
-
-def _qwen_vl(width: int, vocabulary: int) -> Any:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    text: Any = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "vocab_size": vocabulary}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-    text |= {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
-    vision: Any = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
 def _clip(width: int, with_projection: bool) -> Any:

@@ -6,13 +6,8 @@ from typing import Any
 
 import torch
 
-EIGHTFOLD: Any = {  # 8 × 8 pixels of a latent
-    "block_out_channels": (8,) * 4,
-    "layers_per_block": 1,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "norm_num_groups": 4,
-}
+from tests.tiny_decoders import EIGHTFOLD
+
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 
 

@@ -40,6 +40,16 @@ class _Converted:
         }
 
 
+LOADERS = {  # the network's class → diffusers' loader of LoRA files for its pipelines
+    "SD3Transformer2DModel": "SD3LoraLoaderMixin",
+    "FluxTransformer2DModel": "FluxLoraLoaderMixin",
+    "Flux2Transformer2DModel": "Flux2LoraLoaderMixin",
+    "QwenImageTransformer2DModel": "QwenImageLoraLoaderMixin",
+    "ZImageTransformer2DModel": "ZImageLoraLoaderMixin",
+    "SanaTransformer2DModel": "SanaLoraLoaderMixin",
+}
+
+
 class _TracedTensor(Tensor):
     """A tensor that records which of a file's tensors it was made from."""
 
@@ -119,12 +129,7 @@ def _loader(network: Any) -> Any:
     if kind == "UNet2DConditionModel":
         of_xl = network.config.get("addition_embed_type") == "text_time"
         return loaders.StableDiffusionXLLoraLoaderMixin if of_xl else loaders.StableDiffusionLoraLoaderMixin
-    known = {
-        "SD3Transformer2DModel": "SD3LoraLoaderMixin",
-        "FluxTransformer2DModel": "FluxLoraLoaderMixin",
-        "SanaTransformer2DModel": "SanaLoraLoaderMixin",
-    }
-    return getattr(loaders, known[kind]) if kind in known else None
+    return getattr(loaders, LOADERS[kind]) if kind in LOADERS else None
 
 
 def _converted(file: LoraFile, loader: Any, network: Any, part: str) -> _Converted:

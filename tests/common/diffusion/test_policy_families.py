@@ -29,11 +29,11 @@ from tests.tiny_families import (
     load_lora,
     policy_table,
     save_tiny_flux,
-    save_tiny_flux2_klein,
     save_tiny_sd3,
     save_tiny_sdxl,
     take_first_order_steps,
 )
+from tests.tiny_flux2 import save_tiny_flux2_klein
 from tests.tiny_policy import scatter
 
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
@@ -104,6 +104,26 @@ def test_a_lora_loads_in_plain_diffusers_and_gives_the_same_images(family: tuple
     pipeline = pipeline_of(family)
     load_lora(pipeline, tmp_path / "lora")
     assert_alike(after, pipelines_images(family, pipeline, policy.latent_shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("z_image", ["to_q", "to_out.0", "w1"]),
+        pytest.param("flux2_klein", ["to_q", "to_qkv_mlp_proj"], marks=pytest.mark.thorough),
+        pytest.param("qwen_image", ["to_q", "add_k_proj"], marks=pytest.mark.thorough),
+    ],
+)
+def test_training_starts_from_a_lora_that_diffusers_wrote(name: str, targets: list[str], tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    family = name, MAKERS[name](tmp_path / "model")
+    pipeline = pipeline_of(family)
+    pipeline.transformer.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=targets, init_lora_weights=False))
+    pipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipeline.transformer))
+    policy = loaded(config_of(family, lora={"path": str(tmp_path / "lora")}))
+    assert_alike(images(policy), pipelines_images(family, pipeline, policy.latent_shape))
+    assert np.abs(images(policy) - images(loaded(config_of(family)))).max() > 3
 
 
 def test_a_full_network_loads_in_plain_diffusers_and_gives_the_same_images(

@@ -11,7 +11,8 @@ from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.accepted_page import assert_accepted
-from tests.tiny_families import AUTOENCODER, policy_table, save_tiny_sdxl
+from tests.tiny_decoders import AUTOENCODER
+from tests.tiny_families import policy_table, save_tiny_sdxl
 
 
 class Heard(Exception):
