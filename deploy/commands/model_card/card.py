@@ -15,7 +15,7 @@ from ray_ddpo.common.diffusion.families.flux import OWN_LATENT_SIZE
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.single_file import names_a_file
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
-from ray_ddpo.common.diffusion.lora.files import FILE_NAME
+from ray_ddpo.common.diffusion.lora.files import FILE_NAME, PEFT_NAME
 from ray_ddpo.common.diffusion.lora.kohya import READERS
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
 from ray_ddpo.common.recipe.recipe import Recipe
@@ -130,6 +130,8 @@ def _programs(policy: PolicyConfig) -> list[tuple[str, str, str]]:
     """Return which program reads a LoRA's file, and the strength at which the LoRA acts as trained."""
     if policy.train == "full" or not isinstance(policy, DiffusersConfig):
         return []
+    if not policy.takes_diffusers_lora:
+        return [("PEFT", PEFT_NAME, "1")]
     kohya = "the output of ddpo export"
     is_unet, others = policy.network_name == "unet", [("kohya's scripts, AUTOMATIC1111, Forge", kohya, "1")]
     others = others if policy.network_class in READERS else []
