@@ -21,6 +21,14 @@ COLUMNS, ROWS = 16, 4  # of each half of the sheet
 SETS = {"words": Ocr(measure="strict"), "shapes": GenEval(measure="strict", detector="shapes")}
 
 
+def load_pipeline(model: Path = MODEL) -> StableDiffusion3Pipeline:
+    """Load the pipeline in float32. It has no T5."""
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=torch.float32, use_safetensors=True, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def sample(
     pipeline: StableDiffusion3Pipeline, prompts: list[Prompt], seed: int, num_steps: int, guidance_scale: float
 ) -> UInt8[np.ndarray, "B 64 64 3"]:
@@ -57,8 +65,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(options.model, torch_dtype=torch.float32, use_safetensors=True)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(options.model)
     halves = []
     for name, reward in SETS.items():
         prompts = shipped_prompts(name, options.split) * options.seeds
