@@ -24,7 +24,7 @@ from ray_ddpo.learner.pretraining.shared_training import SharedTraining, Trainin
 BATCH = 48
 NO_CAPTION = 0.05  # of the captions are dropped, for guidance
 UNIFORM = 0.3  # of the timesteps are uniform, the others logit-normal
-SIGNS = 0.4  # of a batch; the others are shapes, which are harder
+SIGNS = 0.7  # of a batch; the others are shapes
 ERRORS_FROM = 0.75  # of the steps: from here on some captions are wrong, so that there is something left to learn
 
 
