@@ -24,7 +24,9 @@ SETS = {"words": Ocr(measure="strict"), "shapes": GenEval(measure="strict", dete
 def load_pipeline(model: Path = MODEL) -> StableDiffusion3Pipeline:
     """Load the pipeline in float32. It has no T5."""
     absent = {"text_encoder_3": None, "tokenizer_3": None}
-    pipeline = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=torch.float32, use_safetensors=True, **absent)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        model, torch_dtype=torch.float32, use_safetensors=True, **absent
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -150,7 +150,9 @@ def load_readers(device: str, reading_side: int, min_confidence: float, detect: 
         def read_line(image: UInt8[np.ndarray, "H W 3"]) -> str:
             blue_first = np.ascontiguousarray(without_margins(image)[..., ::-1])
             found = recognizer(blue_first, use_det=False)
-            return "".join(text for text, score in zip(found.txts or (), found.scores, strict=False) if score >= min_confidence)
+            return "".join(
+                text for text, score in zip(found.txts or (), found.scores, strict=False) if score >= min_confidence
+            )
 
         return read if detect else read_line
 

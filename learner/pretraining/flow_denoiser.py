@@ -87,7 +87,7 @@ class FlowTraining(SharedTraining):
     def loss(self, generator: torch.Generator) -> Float[Tensor, ""]:
         """Return the mean squared error of the velocity (Esser et al. 2024, section 2)."""
         late = self.progress.step >= ERRORS_FROM * self.plan.steps
-        clean, token_ids = sample_flow_batch(self.material, self.errors if late else Errors(0, 0), generator)
+        clean, token_ids = sample_flow_batch(self.material, self.errors if late else Errors(0.0, 0.0), generator)
         noise = torch.randn(clean.shape, generator=generator)
         sigmas = sample_sigmas(BATCH, generator)
         at = sigmas.view(-1, 1, 1, 1)

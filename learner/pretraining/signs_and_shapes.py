@@ -34,7 +34,14 @@ COLOURS = {
 SHAPE_GROUND = (225, 225, 225)
 NUMBERS = {1: "a", 2: "two", 3: "three"}
 RELATIONS = {"left of": (0, 1), "right of": (1, 0), "above": (2, 3), "below": (3, 2)}
-TAGS = {"single_object": 0.04, "colors": 0.14, "counting": 0.24, "two_object": 0.06, "color_attr": 0.3, "position": 0.22}
+TAGS = {
+    "single_object": 0.04,
+    "colors": 0.14,
+    "counting": 0.24,
+    "two_object": 0.06,
+    "color_attr": 0.3,
+    "position": 0.22,
+}
 # Centres of the objects in pixels, by their number. With two, the first and second layout show the four relations.
 CENTRES: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {
     1: (((32, 32),),),
