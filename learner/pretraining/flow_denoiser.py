@@ -25,7 +25,6 @@ BATCH = 48
 NO_CAPTION = 0.05  # of the captions are dropped, for guidance
 UNIFORM = 0.3  # of the timesteps are uniform, the others logit-normal
 SIGNS = 0.7  # of a batch; the others are shapes
-ERRORS_FROM = 0.75  # of the steps: from here on some captions are wrong, so that there is something left to learn
 
 
 @dataclass(frozen=True)
@@ -33,21 +32,13 @@ class FlowMaterial:
     """The training data of the transformer, computed once."""
 
     latents: Float[Tensor, "N 8 16 16"]  # scaled to a standard deviation of 1, in half precision
-    token_ids: Int[Tensor, "N 2 16"]  # of the caption, and of the wrong caption
+    token_ids: Int[Tensor, "N 16"]
     no_caption: Int[Tensor, "16"]
     signs: Int[Tensor, ""]  # the first images show signs, the others show shapes
 
     def save(self, file: Path) -> None:
         """Write the four tensors."""
         save_file(vars(self), file)
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Shares of the captions that are wrong late in training."""
-
-    signs: float
-    shapes: float
 
 
 class FlowDenoiser(nn.Module):
@@ -77,17 +68,16 @@ class FlowTraining(SharedTraining):
 
     name: ClassVar[str] = "transformer"
 
-    def __init__(self, plan: TrainingPlan, errors: Errors, material: FlowMaterial):
+    def __init__(self, plan: TrainingPlan, material: FlowMaterial):
         torch.manual_seed(plan.seed)
         self.live: FlowDenoiser
         self.averaged: FlowDenoiser
         super().__init__(plan, FlowDenoiser())
-        self.errors, self.material = errors, material
+        self.material = material
 
     def loss(self, generator: torch.Generator) -> Float[Tensor, ""]:
         """Return the mean squared error of the velocity (Esser et al. 2024, section 2)."""
-        late = self.progress.step >= ERRORS_FROM * self.plan.steps
-        clean, token_ids = sample_flow_batch(self.material, self.errors if late else Errors(0.0, 0.0), generator)
+        clean, token_ids = sample_flow_batch(self.material, generator)
         noise = torch.randn(clean.shape, generator=generator)
         sigmas = sample_sigmas(BATCH, generator)
         at = sigmas.view(-1, 1, 1, 1)
@@ -111,23 +101,23 @@ def sample_sigmas(count: int, generator: torch.Generator) -> Float[Tensor, "coun
 
 
 def sample_flow_batch(
-    material: FlowMaterial, errors: Errors, generator: torch.Generator
+    material: FlowMaterial, generator: torch.Generator
 ) -> tuple[Float[Tensor, "48 8 16 16"], Int[Tensor, "48 16"]]:
-    """Sample latents and the token ids of their captions, some of which are wrong or dropped."""
+    """Sample latents and the token ids of their captions, some of which are dropped."""
     signs, total = int(material.signs), len(material.latents)
     is_sign = torch.rand(BATCH, generator=generator) < SIGNS
     place = torch.rand(BATCH, generator=generator)
     chosen = torch.where(is_sign, signs * place, signs + (total - signs) * place).long()
-    wrong = torch.rand(BATCH, generator=generator) < torch.where(is_sign, errors.signs, errors.shapes)
-    token_ids = material.token_ids[chosen, wrong.long()]
     dropped = torch.rand(BATCH, generator=generator) < NO_CAPTION
-    return material.latents[chosen].float(), torch.where(dropped[:, None], material.no_caption, token_ids)
+    return material.latents[chosen].float(), torch.where(
+        dropped[:, None], material.no_caption, material.token_ids[chosen]
+    )
 
 
-def train_flow_in_process(rank: int, plan: TrainingPlan, errors: Errors, compiled: bool) -> None:
+def train_flow_in_process(rank: int, plan: TrainingPlan, compiled: bool) -> None:
     """Train with the other processes until the last step."""
     join_process_group(rank, plan.workers)
-    training = FlowTraining(plan, errors, FlowMaterial(**load_file(plan.work / "material.safetensors")))
+    training = FlowTraining(plan, FlowMaterial(**load_file(plan.work / "material.safetensors")))
     if compiled:
         training.live.transformer.compile()
     training.run()

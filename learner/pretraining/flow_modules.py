@@ -15,7 +15,12 @@ LATENT_CHANNELS = 8
 WIDTH, HEADS, LAYERS = 192, 3, 4
 READER_WIDTH, SPELLER_WIDTH = 96, 64  # of the two text encoders
 SHIFT = 2.0  # of the timesteps towards noise, where letters and places are decided
-WORDS = ["a", "that", "says", "reads", "shows", "sign", "label", "card", "two", "three", "and", "of", "left", "right", "above", "below", "red", "yellow", "green", "blue", "black", "circle", "square", "triangle", "circles", "squares", "triangles"]
+# Words with a token of their own. All others, and so the words of signs, are read letter by letter.
+KNOWN = """
+a that says reads shows sign label card two three and of left right above below red yellow green blue black
+circle square triangle circles squares triangles
+"""
+WORDS = KNOWN.split()
 NO_LOG_VARIANCE = -20.0
 
 

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch import multiprocessing
 
 from ray_ddpo.learner.pretraining.autoencoder import encode, load_autoencoder, save_autoencoder, train_autoencoder
-from ray_ddpo.learner.pretraining.flow_denoiser import Errors, FlowMaterial, train_flow_in_process
+from ray_ddpo.learner.pretraining.flow_denoiser import FlowMaterial, train_flow_in_process
 from ray_ddpo.learner.pretraining.flow_modules import build_flow_autoencoder, build_letter_tokenizer
 from ray_ddpo.learner.pretraining.preview import save_loss_curve
 from ray_ddpo.learner.pretraining.shared_training import STEPS_A_LOSS, TrainingPlan
@@ -35,11 +35,12 @@ def prepare(signs: int, shapes: int, autoencoder_steps: int, seed: int, work: Pa
     autoencoder = load_autoencoder(work, AutoencoderKL)
     latents = torch.cat([encode(autoencoder, part) for part in images.split(1024)])
     tokenizer = build_letter_tokenizer()
-    captions = [text for drawing in drawings for text in (drawing.caption, drawing.wrong_caption)]
-    token_ids = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
+    token_ids = tokenizer(
+        [drawing.caption for drawing in drawings] + [""], padding="max_length", return_tensors="pt"
+    ).input_ids
     return FlowMaterial(
         latents=(latents * autoencoder.config["scaling_factor"]).half(),
-        token_ids=token_ids[:-1].unflatten(0, (-1, 2)).contiguous(),
+        token_ids=token_ids[:-1].contiguous(),
         no_caption=token_ids[-1].clone(),
         signs=torch.tensor(signs),
     )
@@ -51,10 +52,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_words"), help="folder for the training's state")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6000, help="of transformer and text encoders; a multiple of 50")
-    parser.add_argument("--autoencoder_steps", type=int, default=1600)
-    parser.add_argument("--misspelled", type=float, default=0.0, help="share of the signs' captions, late in training")
-    parser.add_argument("--miscounted", type=float, default=0.0, help="share of the shapes' captions, the same")
+    parser.add_argument("--steps", type=int, default=5000, help="of transformer and text encoders; a multiple of 50")
+    parser.add_argument("--autoencoder_steps", type=int, default=1300)
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; they divide the batch")
     parser.add_argument("--compiled", action="store_true", help="compile the transformer, which needs a C++ compiler")
     parser.add_argument("--resume", action="store_true", help="resume from the state in --work")
@@ -67,8 +66,7 @@ def main() -> None:
         material = prepare(SIGNS, SHAPES, options.autoencoder_steps, options.seed, options.work)
         material.save(options.work / "material.safetensors")
     plan = TrainingPlan(options.steps, options.seed, options.workers, options.work, options.output)
-    errors = Errors(options.misspelled, options.miscounted)
-    multiprocessing.spawn(train_flow_in_process, (plan, errors, options.compiled), nprocs=plan.workers)
+    multiprocessing.spawn(train_flow_in_process, (plan, options.compiled), nprocs=plan.workers)
     losses = json.loads((options.work / "progress.json").read_text())["losses"]
     save_loss_curve(losses, STEPS_A_LOSS, options.output / "losses.png")
 

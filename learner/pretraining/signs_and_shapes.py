@@ -1,10 +1,9 @@
 """Render the training images of the model that writes: signs with a word, and coloured shapes on a coarse grid."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -52,11 +51,10 @@ CENTRES: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image, its caption, and a caption that is nearly right."""
+    """An image and its caption."""
 
     pixels: UInt8[np.ndarray, "64 64 3"]
     caption: str
-    wrong_caption: str
 
 
 @dataclass(frozen=True)
@@ -123,14 +121,9 @@ def held_out_words() -> frozenset[str]:
 
 
 def random_sign(generator: np.random.Generator) -> CaptionedImage:
-    """Draw a sign with random letters. Its wrong caption has another letter in one place."""
-    word = random_word(generator)
-    letters = list(word)
-    place = generator.integers(len(word))
-    others = sorted(set(ascii_uppercase) - {letters[place]})
-    letters[place] = others[generator.integers(len(others))]
-    sentence = SENTENCES[generator.integers(len(SENTENCES))]
-    return CaptionedImage(draw_sign(word, generator), f'{sentence} "{word}"', f'{sentence} "{"".join(letters)}"')
+    """Draw a sign with random letters."""
+    word, sentence = random_word(generator), SENTENCES[generator.integers(len(SENTENCES))]
+    return CaptionedImage(draw_sign(word, generator), f'{sentence} "{word}"')
 
 
 def random_word(generator: np.random.Generator) -> str:
@@ -161,32 +154,10 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def random_shapes(generator: np.random.Generator) -> CaptionedImage:
-    """Draw a random scene. Its wrong caption has another number, colour, shape or relation in one place."""
-    tag = str(generator.choice(list(TAGS), p=list(TAGS.values())))
-    scenes = trained_scenes()[tag]
+    """Draw a random scene."""
+    scenes = trained_scenes()[str(generator.choice(list(TAGS), p=list(TAGS.values())))]
     scene = scenes[generator.integers(len(scenes))]
-    return CaptionedImage(draw_shapes(scene, generator), scene.text, altered(scene, generator).text)
-
-
-def altered(scene: Scene, generator: np.random.Generator) -> Scene:
-    """Return a scene that differs in one place."""
-    if scene.relation is not None and generator.random() < 0.4:
-        return replace(scene, relation=_another(list(RELATIONS), scene.relation, generator))
-    place = int(generator.integers(len(scene.kinds)))
-    kind = scene.kinds[place]
-    key = str(generator.choice(["count", "colour", "shape"], p=[0.5, 0.25, 0.25]))
-    if key == "count" and scene.relation is None:
-        kind = replace(kind, count=_another(list(NUMBERS), kind.count, generator))
-    elif key == "colour" and kind.colour is not None:
-        kind = replace(kind, colour=_another(list(COLOURS), kind.colour, generator))
-    else:
-        kind = replace(kind, shape=_another(list(SHAPES), kind.shape, generator))
-    return replace(scene, kinds=(*scene.kinds[:place], kind, *scene.kinds[place + 1 :]))
-
-
-def _another(values: list[Any], present: Any, generator: np.random.Generator) -> Any:
-    others = [value for value in values if value != present]
-    return others[generator.integers(len(others))]
+    return CaptionedImage(draw_shapes(scene, generator), scene.text)
 
 
 def draw_shapes(scene: Scene, generator: np.random.Generator) -> UInt8[np.ndarray, "64 64 3"]:

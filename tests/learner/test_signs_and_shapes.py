@@ -1,6 +1,7 @@
 """Training images of the model that writes show what their captions say, and the rewards see it."""
 
 import numpy as np
+import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
@@ -10,7 +11,7 @@ from ray_ddpo.common.prompt_set import shipped_prompts
 from ray_ddpo.learner.pretraining.autoencoder import decode, encode
 from ray_ddpo.learner.pretraining.flow_denoiser import (
     BATCH,
-    Errors,
+    SIGNS,
     FlowDenoiser,
     FlowMaterial,
     sample_flow_batch,
@@ -23,7 +24,6 @@ from ray_ddpo.learner.pretraining.flow_modules import (
 )
 from ray_ddpo.learner.pretraining.signs_and_shapes import (
     all_scenes,
-    altered,
     draw_shapes,
     draw_sign,
     held_out_words,
@@ -51,36 +51,19 @@ def test_no_training_image_shows_a_test_prompt() -> None:
     assert not test & {random_shapes(generator).caption for _ in range(100)}
 
 
-def test_a_wrong_caption_differs_in_one_place() -> None:
-    generator = np.random.default_rng(0)
-    for _ in range(50):
-        drawing = random_sign(generator)
-        assert sum(a != b for a, b in zip(drawing.caption, drawing.wrong_caption, strict=True)) == 1
-    for scene in all_scenes()[::20]:
-        other = altered(scene, generator)
-        pairs = [(vars(a)[key], vars(b)[key]) for a, b in zip(scene.kinds, other.kinds, strict=True) for key in vars(a)]
-        assert sum(a != b for a, b in [*pairs, (scene.relation, other.relation)]) == 1
-
-
-def material() -> FlowMaterial:
-    """Return ten images, of which six show signs. The token ids are their numbers, negative for the wrong caption."""
-    ids = torch.arange(1, 11)[:, None].expand(10, 16)
-    return FlowMaterial(
-        latents=torch.arange(1.0, 11.0)[:, None, None, None].expand(10, 8, 16, 16).half(),
-        token_ids=torch.stack([ids, -ids], dim=1),
+def test_captions_are_those_of_their_images_or_dropped_and_signs_have_their_share() -> None:
+    ids = torch.arange(1, 11)
+    material = FlowMaterial(
+        latents=ids[:, None, None, None].expand(10, 8, 16, 16).half(),
+        token_ids=ids[:, None].expand(10, 16),
         no_caption=torch.zeros(16, dtype=torch.long),
-        signs=torch.tensor(6),
+        signs=torch.tensor(3),
     )
-
-
-def test_captions_are_wrong_as_often_as_asked_and_else_those_of_their_images() -> None:
-    batches = [sample_flow_batch(material(), Errors(0.5, 0.0), torch.Generator().manual_seed(i)) for i in range(40)]
+    batches = [sample_flow_batch(material, torch.Generator().manual_seed(seed)) for seed in range(40)]
     latents, token_ids = (torch.cat(column) for column in zip(*batches, strict=True))
     image, said = latents[:, 0, 0, 0].long(), token_ids[:, 0]
-    assert set((said.abs() - image)[said != 0].tolist()) == {0}
-    is_sign = image <= 6
-    assert not (said[~is_sign] < 0).any()
-    assert 0.4 < (said[is_sign & (said != 0)] < 0).float().mean() < 0.6
+    assert torch.equal(said[said != 0], image[said != 0]) and set(image.tolist()) == set(ids.tolist())
+    assert (image <= 3).float().mean() == pytest.approx(SIGNS, abs=0.05)
     assert 0.01 < (said == 0).float().mean() < 0.1
 
 
@@ -93,7 +76,8 @@ def test_captions_are_encoded_in_training_as_the_pipeline_encodes_them() -> None
     torch.manual_seed(0)
     denoiser, prompts = FlowDenoiser().eval(), ['a sign that says "CAT"', "two red circles"]
     for parameter in denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)  # some layers begin as zeros
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.1)  # some layers begin as zeros, through which no caption shows
     tokenizers = {"tokenizer": build_letter_tokenizer(), "tokenizer_2": build_letter_tokenizer()}
     pipeline = StableDiffusion3Pipeline(
         transformer=denoiser.transformer,
