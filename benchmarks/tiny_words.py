@@ -60,7 +60,7 @@ def main() -> None:
     """Sample the test prompts of both sets, print a table, and save a sheet."""
     parser = argparse.ArgumentParser(description="Accuracy of the model that writes on the test prompts.")
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--split", choices=("train", "test"), default="test")
