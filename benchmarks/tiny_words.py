@@ -1,4 +1,4 @@
-"""python -m benchmarks.tiny_words: how often the model that writes spells and counts right, by category, and a sheet."""
+"""python -m benchmarks.tiny_words: how often the model that writes is right, by category, and a sheet of images."""
 
 import argparse
 from collections import defaultdict

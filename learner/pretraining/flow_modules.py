@@ -74,6 +74,7 @@ def build_text_encoders(tokenizer: CLIPTokenizer) -> dict[str, CLIPTextModelWith
 
 
 def _text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextModelWithProjection:
+    """Build a text encoder of some width and number of layers."""
     vocabulary = tokenizer.get_vocab()
     config = CLIPTextConfig(
         vocab_size=len(vocabulary),
