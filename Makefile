@@ -10,12 +10,17 @@ QUICK := not system and not thorough and not same_bits and not parity and not co
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-all-cases test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study short-study three-steps animal-reward guard held-out window saved-calls step-counts overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check configuration pretrain site verification clean
+.PHONY: demo demo-words test test-all-cases test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study short-study three-steps animal-reward guard held-out window saved-calls step-counts overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check configuration pretrain pretrain-words site verification clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
 	$(BIN)/ddpo train deploy/recipes/demo.toml
 	$(BIN)/ddpo report runs/demo
+
+demo-words: $(VENV)/installed
+	rm -rf runs/demo_words
+	$(BIN)/ddpo train deploy/recipes/demo_words.toml
+	$(BIN)/ddpo report runs/demo_words
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "$(QUICK)" tests
@@ -162,6 +167,10 @@ configuration: $(VENV)/installed
 
 pretrain: $(VENV)/installed
 	$(BIN)/python -m ray_ddpo.learner.pretraining.pretrain --output common/tiny_animals
+
+# After an interruption: make pretrain-words OPTIONS=--resume
+pretrain-words: $(VENV)/installed
+	$(BIN)/python -m ray_ddpo.learner.pretraining.pretrain_words --output common/tiny_words $(OPTIONS)
 
 # Stable Diffusion 1.5's architecture at 512 × 512 with random weights: two rounds through Ray, checkpoint, evaluation, report.
 size-check: $(VENV)/installed

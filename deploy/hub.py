@@ -29,6 +29,7 @@ REFUSALS = (400, 401, 402, 403, 404)  # statuses of a refusal; others are errors
 # Licences of known models, which bind weights trained from them.
 LICENSES = {
     "tiny_animals": "apache-2.0",
+    "tiny_words": "apache-2.0",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",

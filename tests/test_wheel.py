@@ -37,6 +37,7 @@ def test_the_wheel_has_one_top_level_name_and_the_files_that_programs_read(wheel
         "py.typed",
         "deploy/recipes/demo.toml",
         "common/prompt_lists/animals.txt",
+        "common/tiny_words/transformer/diffusion_pytorch_model.safetensors",
         "deploy/commands/report/page.js",
     )
     assert {f"ray_ddpo/{name}" for name in needed} <= set(names)

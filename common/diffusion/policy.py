@@ -32,7 +32,7 @@ from ray_ddpo.common.trajectory import DTYPES
 Role = Literal["sampler", "learner", "check", "decoder"]
 Conditioning = dict[str, Tensor]
 MODEL_FILES = ("safetensors", "pt", "pth", "bin", "ckpt", "npz", "json", "yaml", "toml", "txt", "model")
-EMBEDDED_MODELS = {"tiny_animals": Path(__file__).parents[1] / "tiny_animals"}
+EMBEDDED_MODELS = {name: Path(__file__).parents[1] / name for name in ("tiny_animals", "tiny_words")}
 
 
 class Policy(OptionalMethods, ABC):

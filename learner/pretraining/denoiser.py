@@ -1,19 +1,14 @@
 """Train the embedded model's UNet and text encoder on latents, in processes that share each batch."""
 
-import copy
-import math
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from jaxtyping import Float, Int
-from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ray_ddpo.learner.pretraining.autoencoder import load_autoencoder
 from ray_ddpo.learner.pretraining.modules import (
@@ -23,15 +18,10 @@ from ray_ddpo.learner.pretraining.modules import (
     build_unet,
     save_pipeline,
 )
-from ray_ddpo.learner.pretraining.training_state import TrainingProgress, load_training, save_training
+from ray_ddpo.learner.pretraining.shared_training import SharedTraining, TrainingPlan, join_process_group
 
 BATCH = 32
-LEARNING_RATE = 1e-3
-WARM_UP_STEPS = 100
-EMA_DECAY = 0.999
 NO_CAPTION = 0.1  # of the captions are dropped, for guidance
-STEPS_A_LOSS = 50
-SECONDS_A_SNAPSHOT = 180
 
 
 @dataclass(frozen=True)
@@ -46,18 +36,6 @@ class Material:
     def save(self, file: Path) -> None:
         """Write the four tensors."""
         save_file(vars(self), file)
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """The settings of a training, for every process."""
-
-    words: list[str]  # each is one token
-    steps: int
-    seed: int
-    workers: int
-    work: Path  # folder of state, material and autoencoder
-    output: Path  # folder of the pipeline
 
 
 class Denoiser(nn.Module):
@@ -79,52 +57,33 @@ class Denoiser(nn.Module):
             return self.unet(noised, timesteps, embeddings).sample.float()
 
 
-class DenoiserTraining:
-    """The denoiser in training, and its moving average, which is saved. Every process has the same."""
+class DenoiserTraining(SharedTraining):
+    """The training of a UNet that predicts noise."""
 
-    def __init__(self, plan: TrainingPlan, material: Material):
+    name: ClassVar[str] = "denoiser"
+
+    def __init__(self, plan: TrainingPlan, words: list[str], material: Material):
         torch.manual_seed(plan.seed)
-        self.plan, self.material, self.progress = plan, material, TrainingProgress()
-        self.live = Denoiser(plan.words)
-        self.averaged = copy.deepcopy(self.live).requires_grad_(False)
-        self.shared = DistributedDataParallel(self.live)
-        self.optimizer = torch.optim.AdamW(self.live.parameters(), LEARNING_RATE, fused=True)
+        self.live: Denoiser
+        self.averaged: Denoiser
+        super().__init__(plan, Denoiser(words))
+        self.words, self.material = words, material
         self.alphas_cumprod = build_scheduler().alphas_cumprod
-        self.modules = {"live": self.live, "averaged": self.averaged}
 
-    def learning_rate(self) -> float:
-        """Return the learning rate: linear warm-up, then cosine decay to zero."""
-        step, steps = self.progress.step, self.plan.steps
-        return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
-
-    def update(self) -> float:
-        """Make an optimizer step, and return its loss: the mean squared error of the noise (Ho et al. 2020, eq. 14)."""
-        # A generator for each step, so that a resumed training has the same random numbers as an uninterrupted one.
-        generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.progress.step)
+    def loss(self, generator: torch.Generator) -> Float[Tensor, ""]:
+        """Return the mean squared error of the noise (Ho et al. 2020, eq. 14)."""
         clean, token_ids = sample_batch(self.material, generator)
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(len(self.alphas_cumprod), (BATCH,), generator=generator)
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noised = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        mine = slice(distributed.get_rank(), None, self.plan.workers)
+        mine = self.share()
         inputs = noised[mine].contiguous(memory_format=torch.channels_last), timesteps[mine], token_ids[mine]
-        loss = (self.shared(*inputs) - noise[mine]).square().mean()
-        loss.backward()
-        self._step()
-        return loss.item()
+        return (self.shared(*inputs) - noise[mine]).square().mean()
 
-    def _step(self) -> None:
-        """Apply the gradients, and update the moving average."""
-        nn.utils.clip_grad_norm_(self.live.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        # A small decay at first, so that the random initial weights are soon forgotten.
-        decay = min(EMA_DECAY, (1 + self.progress.step) / (10 + self.progress.step))
-        live = [parameter.detach() for parameter in self.live.parameters()]
-        torch._foreach_lerp_(list(self.averaged.parameters()), live, 1 - decay)
-        self.progress.step += 1
+    def save_pipeline(self) -> None:
+        parts = {"unet": self.averaged.unet, "text_encoder": self.averaged.text_encoder}
+        save_pipeline(parts | {"vae": load_autoencoder(self.plan.work)}, self.words, self.plan.output)
 
 
 def sample_batch(
@@ -138,42 +97,8 @@ def sample_batch(
     return material.latents[chosen, variants], material.token_ids[captions]
 
 
-def train_in_process(rank: int, plan: TrainingPlan) -> None:
-    """Train with the other processes until the last step. Rank 0 shows progress and saves every few minutes."""
-    # One thread a process: with several, every small operation waits for the slowest thread.
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29541")}
-    distributed.init_process_group("gloo", rank=rank, world_size=plan.workers)
-    training = DenoiserTraining(plan, Material(**load_file(plan.work / "material.safetensors")))
-    if (plan.work / "training.safetensors").exists():
-        training.progress = load_training(plan.work, training.modules, training.optimizer)
-    distributed.barrier()
-    started, saved = time.monotonic() - training.progress.seconds, time.monotonic()
-    recent: list[float] = []
-    with Progress(disable=rank > 0) as bar:
-        task = bar.add_task("denoiser", total=plan.steps, completed=training.progress.step)
-        while training.progress.step < plan.steps:
-            recent.append(training.update())
-            bar.advance(task)
-            if training.progress.step % STEPS_A_LOSS == 0 and rank == 0:
-                _note(training.progress, recent, started, bar)
-                if time.monotonic() - saved > SECONDS_A_SNAPSHOT or training.progress.step >= plan.steps:
-                    _save(training)
-                    saved = time.monotonic()
+def train_in_process(rank: int, plan: TrainingPlan, words: list[str]) -> None:
+    """Train with the other processes until the last step. Each of `words` is one token."""
+    join_process_group(rank, plan.workers)
+    DenoiserTraining(plan, words, Material(**load_file(plan.work / "material.safetensors"))).run()
     distributed.destroy_process_group()
-
-
-def _note(progress: TrainingProgress, recent: list[float], started: float, bar: Progress) -> None:
-    progress.seconds = time.monotonic() - started
-    progress.losses.append(sum(recent) / len(recent))
-    recent.clear()
-    bar.console.print(
-        f"denoiser step {progress.step}: loss {progress.losses[-1]:.4f}, {progress.seconds / 60:.1f} minutes"
-    )
-
-
-def _save(training: DenoiserTraining) -> None:
-    plan = training.plan
-    save_training(plan.work, training.modules, training.optimizer, training.progress)
-    parts = {"unet": training.averaged.unet, "text_encoder": training.averaged.text_encoder}
-    save_pipeline(parts | {"vae": load_autoencoder(plan.work)}, plan.words, plan.output)

@@ -4,7 +4,8 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,20 +130,29 @@ def _characters_of_bytes() -> list[str]:
 
 def save_pipeline(modules: Mapping[str, torch.nn.Module], words: list[str], output: Path) -> None:
     """Save a float16 pipeline of `unet`, `text_encoder` and `vae` in `output`; each file is replaced atomically."""
-    parts: dict[str, Any] = {name: copy.deepcopy(module).half() for name, module in modules.items()}
-    parts |= {"tokenizer": build_tokenizer(words), "scheduler": build_scheduler()}
-    parts |= {"safety_checker": None, "feature_extractor": None}
-    pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    others = {"tokenizer": build_tokenizer(words), "scheduler": build_scheduler()}
+    others |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    with written_pipeline(StableDiffusionPipeline, modules, others, output) as writing:
+        write_vocabulary(words, writing / "tokenizer")
+        _tidy_autoencoder_config(writing / "vae" / "config.json")
+
+
+@contextmanager
+def written_pipeline(
+    pipeline_class: Any, modules: Mapping[str, torch.nn.Module], others: Mapping[str, Any], output: Path
+) -> Iterator[Path]:
+    """Yield a folder with a pipeline, networks in float16, to be altered. Then replace each file of `output` by it."""
+    pipeline = pipeline_class(**{name: copy.deepcopy(module).half() for name, module in modules.items()}, **others)
     pipeline.set_progress_bar_config(disable=True)
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as writing:
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        writing = Path(folder)
         pipeline.save_pretrained(writing)
-        write_vocabulary(words, Path(writing) / "tokenizer")
-        _tidy_autoencoder_config(Path(writing) / "vae" / "config.json")
         # transformers loads what the configuration says; half precision is only for the disk.
-        text_config = Path(writing) / "text_encoder" / "config.json"
-        text_config.write_text(text_config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-        for file in sorted(path for path in Path(writing).rglob("*") if path.is_file()):
+        for text_config in writing.glob("text_encoder*/config.json"):
+            text_config.write_text(text_config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+        yield writing
+        for file in sorted(path for path in writing.rglob("*") if path.is_file()):
             target = output / file.relative_to(writing)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)

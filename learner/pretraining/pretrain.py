@@ -17,10 +17,11 @@ from ray_ddpo.learner.pretraining.autoencoder import (
     save_autoencoder,
     train_autoencoder,
 )
-from ray_ddpo.learner.pretraining.denoiser import STEPS_A_LOSS, Material, TrainingPlan, train_in_process
+from ray_ddpo.learner.pretraining.denoiser import Material, train_in_process
 from ray_ddpo.learner.pretraining.drawings import Drawing, prompted_animals, read_drawings
-from ray_ddpo.learner.pretraining.modules import build_tokenizer
+from ray_ddpo.learner.pretraining.modules import build_autoencoder, build_tokenizer
 from ray_ddpo.learner.pretraining.preview import save_loss_curve, save_sheet
+from ray_ddpo.learner.pretraining.shared_training import STEPS_A_LOSS, TrainingPlan
 
 OTHER_ANIMALS = 0.15  # of a batch
 VARIANTS = 16  # sizes and positions of a drawing, each also mirrored
@@ -40,7 +41,10 @@ def prepare(drawings: list[Drawing], autoencoder_steps: int, seed: int, work: Pa
     """Render the drawings, train the autoencoder on them unless it is trained already, and encode them."""
     images = augmented_images(drawings, VARIANTS, seed)
     if not (work / "autoencoder").exists():
-        save_autoencoder(train_autoencoder(images.flatten(0, 1), autoencoder_steps, seed), work)
+        torch.manual_seed(seed)
+        autoencoder = build_autoencoder()
+        train_autoencoder(autoencoder, images.flatten(0, 1), autoencoder_steps, seed)
+        save_autoencoder(autoencoder, work)
     autoencoder = load_autoencoder(work)
     latents = encode(autoencoder, images.flatten(0, 1)).unflatten(0, images.shape[:2])
     captions = captions_of(drawings)
@@ -76,8 +80,8 @@ def main() -> None:
         material = prepare(drawings, options.autoencoder_steps, options.seed, options.work)
         material.save(options.work / "material.safetensors")
     words = words_of(captions_of(drawings))
-    plan = TrainingPlan(words, options.steps, options.seed, options.workers, options.work, options.output)
-    multiprocessing.spawn(train_in_process, (plan,), nprocs=plan.workers)
+    plan = TrainingPlan(options.steps, options.seed, options.workers, options.work, options.output)
+    multiprocessing.spawn(train_in_process, (plan, words), nprocs=plan.workers)
     losses = json.loads((options.work / "progress.json").read_text())["losses"]
     save_loss_curve(losses, STEPS_A_LOSS, options.output / "losses.png")
     save_sheet(options.output, prompted_animals(), options.output / "animals.png")

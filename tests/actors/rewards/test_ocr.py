@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from benchmarks.rendered_truth import word_image
-from ray_ddpo.actors.rewards.ocr import Ocr, enlarged, is_same, load_readers, read_all, right_share, target
+from ray_ddpo.actors.rewards.ocr import (
+    Ocr,
+    enlarged,
+    is_same,
+    load_readers,
+    read_all,
+    right_share,
+    target,
+    without_margins,
+)
 from ray_ddpo.common.prompts import Prompt
 
 
@@ -105,3 +114,25 @@ def test_prompts_are_checked_before_anything_is_sampled() -> None:
     with pytest.raises(ValueError) as error:
         target("dogs " * 5000)
     assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("side", [64, 200])
+def test_a_single_line_is_read_without_detection(side: int) -> None:
+    words = ("OPEN", "Coffee", "SALE")
+    images = signs(*words, side=side)
+    reward = Ocr(measure="strict", detect=False).load("cpu")
+    assert reward(images, [f'"{word}"' for word in words], [{}] * 3).tolist() == [1, 1, 1]
+    images[1] = np.random.default_rng(0).integers(0, 256, images[1].shape)
+    images[2] = 200
+    assert reward(images, [f'"{word}"' for word in words], [{}] * 3).tolist() == [1, 0, 0]
+
+
+def test_plain_rows_above_and_below_a_line_are_cut_but_for_a_margin() -> None:
+    image = np.full((60, 40, 3), 250, np.uint8)
+    image[20:30, 5:35] = 10
+    assert without_margins(image).tolist() == image[18:32].tolist()
+    assert without_margins(image[:10]).tolist() == image[:10].tolist()
+
+
+def test_full_width_letters_are_the_plain_ones() -> None:
+    assert is_same("ＣLＵB", "club") == 1
