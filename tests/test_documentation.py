@@ -81,6 +81,7 @@ def test_every_recipe_is_valid_and_documented(recipe: str) -> None:
         "model_families",
         "rewards",
         "differentiable_rewards",
+        "text_and_objects",
     )
     pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in of_recipes)]
     text = "".join(page.read_text(encoding="utf-8") for page in pages)

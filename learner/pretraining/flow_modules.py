@@ -26,7 +26,8 @@ NO_LOG_VARIANCE = -20.0
 
 def build_flow_autoencoder() -> AutoencoderKL:
     """Build the autoencoder: 64 x 64 pixels in -1 ... 1 to latents [8, 16, 16] and back, 0.2 M parameters."""
-    autoencoder = AutoencoderKL(
+    autoencoder_class: Any = AutoencoderKL  # diffusers' annotations say tuples of one
+    autoencoder: AutoencoderKL = autoencoder_class(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 16, 32),
@@ -99,7 +100,8 @@ def build_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
 def build_letter_tokenizer() -> CLIPTokenizer:
     """Build the tokenizer: a token for each of `WORDS` in lower case, and for each letter of any other word."""
     tokenizer = build_tokenizer([])
-    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in WORDS])
+    known: list[Any] = [AddedToken(word, single_word=True, normalized=False) for word in WORDS]
+    tokenizer.add_tokens(known)
     return tokenizer
 
 
