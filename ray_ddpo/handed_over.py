@@ -173,7 +173,7 @@ def stored_rows(prompts: PromptsArgument | None, recipe: Recipe) -> PromptsArgum
             "another name"
         )
     file.write_text(text, encoding="utf-8")
-    columns = {f"{name}_column": name for name in (IMAGE, MASK) if any(name in row for row in rows)}
+    columns: dict[str, Any] = {f"{name}_column": name for name in (IMAGE, MASK) if any(name in row for row in rows)}
     return PromptFile(path=str(file), column="prompt", **columns)
 
 
@@ -250,9 +250,10 @@ def _prompt_source(prompts: PromptsArgument) -> PromptSource:
         raise ValueError(f"prompts= is {prompts!r}: it must be a list of texts, a function, or a PromptSource")
     if callable(prompts):
         return PromptFunction.of(prompts)
-    if not prompts or not all(isinstance(text, str) for text in prompts):
+    texts = tuple(text for text in prompts if isinstance(text, str))
+    if not texts or len(texts) < len(prompts):
         raise ValueError(f"prompts= is {list(prompts)!r}: it must have at least one text, and texts alone")
-    return Texts(texts=tuple(prompts))
+    return Texts(texts=texts)
 
 
 def _name_of(component: Component, registry: Registry) -> str:

@@ -57,8 +57,12 @@ class FunctionReward(Reward):
         if asks_for_inputs(function):
             refuse_without_inputs(prompts, self.users_code)
 
-    def _function(self) -> Callable[..., Any]:
-        """Return the function. Raise ValueError if it was handed over to an earlier process only."""
+    def _function(self) -> Any:
+        """Return what the path names, which is no function if the user mistook it.
+
+        Raises:
+            ValueError: it was handed over to an earlier process only.
+        """
         if self._given is None and is_by_value(self.path):
             raise ValueError(
                 f"reward.path is {self.path!r}: this function was handed to train() by a Python program, and no file holds it: "

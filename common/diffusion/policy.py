@@ -93,9 +93,9 @@ class Policy(OptionalMethods, ABC):
 
     @abstractmethod
     def encode(self, prompts: list[str], inputs: InputImages | None = None) -> Conditioning:
-        """Return tensors with one row per prompt. Those named `negative_…` have one row for all prompts.
+        """Return tensors with one row per prompt, and those named `negative_…` with one for all prompts.
 
-        Only a family that `reads_inputs` gets `inputs`, a row per prompt. Without, it takes black ones, to be tried.
+        Only a family that `reads_inputs` gets `inputs`, a row per prompt; without, it takes black ones, to be tried.
         """
 
     def initial_latents(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
@@ -164,8 +164,7 @@ class Policy(OptionalMethods, ABC):
         """Run the network, guided as in sampling, on clean latents noised to `timesteps`.
 
         Returns:
-            Prediction and target, both float32, in the network's own parameterization (noise, velocity or clean
-            latents).
+            Prediction and target, both float32, of what the network predicts (noise, velocity or clean latents).
         """
 
     def clean_scale(self, timesteps: Int[Tensor, "B"]) -> Float[Tensor, "B"]:

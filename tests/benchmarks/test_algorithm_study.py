@@ -50,9 +50,8 @@ def test_every_algorithm_of_a_study_has_three_seeds_and_equally_many_images(runs
 def test_every_algorithm_is_in_a_study() -> None:
     runs = [*all_runs(), *short_runs()]
     studied = {build_components(Recipe.load(run.recipe, list(run.overrides))).recipe.algorithm.name for run in runs}
-    # draft_lv is DRaFT on the last step, and on noised versions of the image. docs/algorithms.md says that gardo was not
-    # compared.
-    assert studied == set(ALGORITHMS) - {"draft_lv", "gardo"}
+    # draft_lv is DRaFT on the last step, and on noised versions of the image.
+    assert studied == set(ALGORITHMS) - {"draft_lv"}
 
 
 def test_table_csv_and_chart_by_hand(tmp_path: Path) -> None:

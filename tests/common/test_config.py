@@ -211,7 +211,7 @@ def test_batch_sizes_that_do_not_divide_are_refused_with_both_numbers(
 
 
 def test_a_missing_file_is_refused_with_the_near_shipped_recipes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no recipe at .*demo.toml: .*shipped recipe; did you mean demo"):
+    with pytest.raises(ValueError, match="there is no recipe at .*demo.toml: .*shipped recipe .*; did you mean demo"):
         Recipe.load(tmp_path / "demo.toml")
 
 

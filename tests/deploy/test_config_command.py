@@ -111,7 +111,7 @@ def test_a_component_is_described_with_its_own_defaults() -> None:
             "algorithm.off_policy",
             "off_policy is a key of components and not a component: `ddpo config algorithm.ddpo_is`",
         ),
-        ("policy.lora.rank", "`ddpo config policy.stable_diffusion` prints it, as it does for sdxl"),
+        ("policy.lora.rank", "`ddpo config policy.stable_diffusion` prints it, as it does for sd_inpainting, sdxl"),
         ("algorithm.grpp", r"algorithm.name is 'grpp': it must be one of \[.*'ddpo_is'"),
         ("guard.entropy", "section 'guard' names no component: those that do are policy, prompts"),
     ],
@@ -144,7 +144,7 @@ def completions(line: str, folder: Path) -> list[str]:
 def test_shells_complete_verbs_recipes_and_sections(tmp_path: Path) -> None:
     (tmp_path / "demonstration.toml").touch()
     assert set(completions("ddpo pl", tmp_path)) == {"plan"}
-    assert set(completions("ddpo plan demo", tmp_path)) == {"demo", "demonstration.toml"}
+    assert set(completions("ddpo plan demo", tmp_path)) == {"demo", "demo_words", "demonstration.toml"}
     assert {"tiny/grpo", "tiny/guard"} <= set(completions("ddpo train tiny/g", tmp_path))
     assert set(completions("ddpo config sampl", tmp_path)) == {"sampling", "samplers"}
     assert set(completions("ddpo config rewa", tmp_path)) == {"reward", "rewards", "reward_workers"}

@@ -38,7 +38,8 @@ def call_transformer(
     guidance_scale: float | None, network: Any, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor
 ) -> Tensor:
     """Return the velocity prediction per row. A `guidance_scale` is an input of the network."""
-    image, text = token_places(*latents.shape[-2:], prompt_embeds.shape[1], latents.device)
+    height, width = latents.shape[-2:]
+    image, text = token_places(height, width, prompt_embeds.shape[1], latents.device)
     guidance = None
     if guidance_scale is not None:
         guidance = torch.full((len(latents),), guidance_scale, device=latents.device, dtype=torch.float32)

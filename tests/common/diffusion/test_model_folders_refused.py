@@ -82,7 +82,7 @@ def test_a_folder_of_another_family_is_refused_with_the_name_to_give(family: str
 
 
 PIPELINES = [
-    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLInpaintPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionControlNetPipeline",
     "KandinskyV22Pipeline",

@@ -17,9 +17,11 @@ from tests.tiny_families import MAKERS, policy_table
 PROMPTS = ["a cat", "abcdef", "abcdefg", "abcdefghijklmnop", "abcdefghijklmnopq"]
 EXPECTED = {
     "stable_diffusion": {"text_encoder": (8, 3)},
+    "sd_inpainting": {"text_encoder": (8, 3)},
     "sdxl": {"text_encoder": (8, 3), "text_encoder_2": (8, 3)},
     "sd3": {"text_encoder": (8, 3), "text_encoder_2": (8, 3), "text_encoder_3": (12, 2)},
     "flux": {"text_encoder": (8, 3), "text_encoder_2": (12, 2)},
+    "flux_kontext": {"text_encoder": (8, 3), "text_encoder_2": (12, 2)},
     "qwen_image": {"text_encoder": (12, 2)},
     "flux2": {"text_encoder": (12, 2)},
     "flux2_klein": {"text_encoder": (12, 2)},
@@ -51,7 +53,7 @@ def test_each_text_encoder_says_how_many_it_cuts_and_where(family: str, tmp_path
     assert "\n" not in said
     if "T5" in config.text_parts[readers[-1].name][1]:  # 12 tokens: the place of a space, ten letters and the end
         assert "cuts 2, the first, 'abcdefghijklmnop', after 'abcdefghij'" in said
-    same = 3 if family in ("stable_diffusion", "sdxl") else 2
+    same = 3 if family in ("stable_diffusion", "sd_inpainting", "sdxl") else 2
     assert f"{same} are read as another one is" in said
     assert f"reads {length} tokens and cuts sampling.negative_prompt after '{'n' * len(end)}'" in said
     assert cut_prompts_in_words(readers, ["a cat", "A cat"], SamplingTable(negative_prompt="few")) is None, (
