@@ -27,18 +27,32 @@ from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 
 IMAGES = 45  # held-out images: one of each animal
 HELD_OUT = ("--evaluation.images", str(IMAGES))
-JPEG = ("fast", "grpo_guard", "gardo", "flow_dppo", "mixgrpo", "awm", "sft", "dpo", "dgpo")  # `fast` is GRPO
+JPEG = (
+    "fast",
+    "grpo_guard",
+    "gardo",
+    "flow_dppo",
+    "mixgrpo",
+    "awm",
+    "sft",
+    "dpo",
+    "dgpo",
+    "dpok",
+    "dpok_value",
+)  # `fast` is GRPO
 GRADIENT = ("draft", "fast_colourfulness", "alignprop", "refl")
-GRPO = {  # overrides of tiny/fast.toml
-    "fast": ("--rounds", "5"),
-    "fast_colourfulness": ("--rounds", "5", "--reward.name", "colourfulness"),  # the reward that DRaFT trains on
+SHORTENED = {  # the recipe in tiny/, and its overrides
+    "fast": ("fast", ("--rounds", "5")),
+    "fast_colourfulness": ("fast", ("--rounds", "5", "--reward.name", "colourfulness")),  # DRaFT trains on this reward
+    "dpok": ("dpok", ("--rounds", "5")),
+    "dpok_value": ("dpok", ("--rounds", "5", "--algorithm.value", "{}")),  # with the value baseline
 }
 
 
 def run_of(setting: str, seed: int) -> StudyRun:
     """Return a shipped recipe on one thread, with an evaluation of its last version."""
-    path = f"deploy/recipes/tiny/{'fast' if setting in GRPO else setting}.toml"
-    given = GRPO.get(setting, ())
+    name, given = SHORTENED.get(setting, (setting, ()))
+    path = f"deploy/recipes/tiny/{name}.toml"
     recipe = Recipe.load(path, list(given))
     words = ("--runtime.threads", "1", "--evaluation.every", str(recipe.rounds), *HELD_OUT, *given)
     facts = {"round_images": recipe.images_per_round, "algorithm": recipe.algorithm.name}
