@@ -43,7 +43,8 @@ MARK = "of_the_tests"  # a resource of the tests' own cluster
 # Files that take minutes: begun first, so that at the end no worker has one to itself.
 LONGEST = (
     *("test_documentation", "test_gpu", "test_cluster", "test_lora_start", "test_ranks", "test_shapes"),
-    *("test_failures", "test_role_output", "test_same_bits", "test_ends", "test_trackers", "test_loops"),
+    *("test_reward_hacking", "test_failures", "test_role_output", "test_same_bits", "test_ends", "test_trackers"),
+    "test_loops",
     *("test_resume", "test_digits", "test_storage_failures", "test_command", "test_api"),
 )
 

@@ -62,8 +62,9 @@ def test_the_class_name_that_a_pixart_sigma_was_published_with_is_read(models: d
     change_json(model / "transformer" / "config.json", _class_name="Transformer2DModel")
     before, after = (load("pixart_sigma", folder) for folder in (models["pixart_sigma"], model))
     assert type(after.network) is type(before.network)
-    state = after.network.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in before.network.state_dict().items())
+    state, wanted = after.network.state_dict(), before.network.state_dict()
+    pretrained = [name for name in wanted if "lora" not in name]  # adapters begin with random numbers
+    assert pretrained and all(torch.equal(state[name], wanted[name]) for name in pretrained)
     assert_accepted("a PixArt-Sigma whose network is called Transformer2DModel")
 
 
