@@ -136,6 +136,7 @@ class RewardWorker:
         return [_rows(together, end - len(piece), end) for piece, end in zip(pieces, ends, strict=True)]
 
     def _score_one_by_one(self, images: ImageBatch, wanted: range, note: Callable[[int], None]) -> Scores:
+        """Score images alone, so that the one that ends the process is known: `note` is told the row beforehand."""
         start, parts = time.perf_counter(), []
         for row in wanted:
             note(row)

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ray_ddpo.common.preference_files import decoded_image, image_bytes
 from ray_ddpo.common.preference_rows import fitted
 
 IMAGE, MASK = "image", "mask"
 CONTENT = "_sha256"
+NAMES = (IMAGE, IMAGE + CONTENT, MASK, MASK + CONTENT)
 MOST_CHECKED = 1000  # prompts whose images are decoded before a run starts
 FITTED_KEPT = 64  # input images that a process keeps, fitted to the output's size
 Metadata = Mapping[str, Any]
@@ -58,11 +59,8 @@ def read_inputs(metadata: Sequence[Metadata], size: tuple[int, int]) -> InputIma
     Raises:
         ValueError: a prompt has no input image, or its file is missing, damaged, or another one than at the start.
     """
-    rows = [_fitted_input(*(about.get(name) for name in _NAMES), size) for about in metadata]
+    rows = [_fitted_input(*(about.get(name) for name in NAMES), size) for about in metadata]
     return InputImages(pixels=np.stack([row[0] for row in rows]), masks=np.stack([row[1] for row in rows]))
-
-
-_NAMES = (IMAGE, IMAGE + CONTENT, MASK, MASK + CONTENT)
 
 
 @functools.lru_cache(maxsize=FITTED_KEPT)
@@ -88,10 +86,7 @@ def open_input(where: str, path: Path, sha256: str | None = None) -> Image.Image
     where, data = f"{where}: the image {str(path)!r}", image_bytes(path, where, str(path))
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"{where} is another file than when the run began: restore it, or begin a new run")
-    image = ImageOps.exif_transpose(decoded_image(where, data))
-    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-        raise ValueError(f"{where} has transparent pixels, which have no color: put it on a background")
-    return image
+    return decoded_image(where, data)
 
 
 def _as_mask(image: Image.Image) -> Image.Image:
@@ -116,15 +111,10 @@ def with_inputs(metadata: dict[str, Any], columns: Mapping[str, str], folder: Pa
             shown = f"is {str(value)[:40]!r}" if column in metadata else "is missing"
             raise ValueError(f"its {column!r} {shown}, and it must be the path of an image file")
         path = (folder / Path(value).expanduser()).absolute()
-        image_bytes_there(f"{column!r}", path)
+        if not path.is_file():
+            raise ValueError(f"{column!r}: there is no image {str(path)!r}")
         found |= {name: str(path), name + CONTENT: file_content(path)}
     return found
-
-
-def image_bytes_there(where: str, path: Path) -> None:
-    """Raise ValueError if there is no such file."""
-    if not path.is_file():
-        raise ValueError(f"{where}: there is no image {str(path)!r}")
 
 
 def file_content(path: Path) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ray_ddpo.common.reading import DAMAGED
 
@@ -279,7 +279,11 @@ def image_bytes(path: Path, where: str, value: object) -> bytes:
 
 
 def decoded_image(where: str, data: bytes) -> Image.Image:
-    """Decode an image file. Raise ValueError if it is damaged or too large."""
+    """Decode an image file, upright as its EXIF orientation says.
+
+    Raises:
+        ValueError: it is damaged or too large, or has more than 8 bits a channel or transparent pixels.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -291,12 +295,16 @@ def decoded_image(where: str, data: bytes) -> Image.Image:
                         f"its pixels are of Pillow's mode {image.mode}; it must have at most 8 bits a channel"
                     )
                 image.load()
-                return image
+                upright = ImageOps.exif_transpose(image)
     except TOO_LARGE as error:
         size = str(error).partition(" exceeds")[0]  # Pillow's words: Image size (3600000000 pixels)
         raise ValueError(f"{where}: it is too large: {size}, and an image may have {MOST_PIXELS:,} pixels") from error
     except BAD_IMAGE as error:
         raise ValueError(f"{where}: it is no image that can be read: {first_line(error)}") from error
+    opaque = upright.convert("RGBA").getchannel("A").histogram()[255] if upright.has_transparency_data else None
+    if opaque is not None and opaque < upright.width * upright.height:
+        raise ValueError(f"{where}: it has transparent pixels, which have no color: put it on a background")
+    return upright
 
 
 def first_line(error: BaseException) -> str:

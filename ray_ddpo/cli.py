@@ -229,6 +229,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    """Evaluate weights on the recipe's held-out images, or on a suite."""
     from ray_ddpo.deploy.commands.evaluate import evaluate
     from ray_ddpo.deploy.commands.suite.suite import evaluate_suite
 

@@ -95,6 +95,7 @@ class GenEval(Reward):
         return score
 
     def _load_detector(self, device: str) -> Detector:
+        """Return the detector that the recipe names."""
         if self.detector == "hub":
             return HubDetector(self.model, self.clip, self.dtype, device)
         if self.detector == "shapes":

@@ -47,6 +47,7 @@ class JudgeQuestion(Table):
 
     @model_validator(mode="after")
     def _can_be_read(self) -> "JudgeQuestion":
+        """Refuse a scale or a pattern from which no score can be read."""
         if self.lowest >= self.highest:
             raise ValueError(f"lowest is {self.lowest:g}: it must be below highest, {self.highest:g}")
         if self.pattern is not None:

@@ -24,6 +24,7 @@ from ray_ddpo.common.diffusion.policy import Conditioning, Policy, Role, autocas
 from ray_ddpo.common.diffusion.prompt_lengths import TextReader
 from ray_ddpo.common.diffusion.schedulers.ddim import ddim_table
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps
+from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
 from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained
 from ray_ddpo.common.diffusion.transition import Transition
 from ray_ddpo.common.diffusion.unit_divisors import compute_unit_divisions, skip_unit_divisions
@@ -97,6 +98,15 @@ class DiffusersPolicy(Policy):
     def _table(self, sampling: SamplingTable) -> DenoisingSteps:
         """Return the denoising steps, on the device. `pipeline`, `latent_shape` and `device` are set already."""
         return ddim_table(self.pipeline.scheduler.config, sampling.num_steps, sampling.eta, self.device)
+
+    def _flow_table(
+        self, sampling: SamplingTable, patch: int, evenly_spaced: bool, shift: float | None = None
+    ) -> FlowMatchTable:
+        """Return a flow's steps, on the device, for a network that reads `patch` × `patch` latents as a token."""
+        tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
+        scheduler, steps = self.pipeline.scheduler.config, sampling.num_steps
+        table = flow_match_table(scheduler, steps, sampling.eta, tokens, evenly_spaced, sampling.sde, shift)
+        return table.to(self.device)
 
     def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
         """Encode one prompt in the text encoders' dtype. Return one row per tensor.

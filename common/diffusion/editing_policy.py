@@ -1,4 +1,4 @@
-"""What the policies of editing families share: they encode a prompt's input image beside its text."""
+"""Encode a prompt's input image beside its text, for the policies of editing families."""
 
 from abc import abstractmethod
 

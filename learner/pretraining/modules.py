@@ -141,7 +141,10 @@ def save_pipeline(modules: Mapping[str, torch.nn.Module], words: list[str], outp
 def written_pipeline(
     pipeline_class: Any, modules: Mapping[str, torch.nn.Module], others: Mapping[str, Any], output: Path
 ) -> Iterator[Path]:
-    """Yield a folder with a pipeline, networks in float16, to be altered. Then replace each file of `output` by it."""
+    """Yield a folder with a pipeline, networks in float16, to be altered. Then replace each file of `output` by it.
+
+    No configuration names the folder that a part was loaded from in training.
+    """
     pipeline = pipeline_class(**{name: copy.deepcopy(module).half() for name, module in modules.items()}, **others)
     pipeline.set_progress_bar_config(disable=True)
     output.mkdir(parents=True, exist_ok=True)
@@ -151,6 +154,10 @@ def written_pipeline(
         # transformers loads what the configuration says; half precision is only for the disk.
         for text_config in writing.glob("text_encoder*/config.json"):
             text_config.write_text(text_config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+        for config in writing.rglob("config.json"):
+            keys = json.loads(config.read_text())
+            if keys.pop("_name_or_path", None) is not None:
+                config.write_text(json.dumps(keys, indent=2) + "\n")
         yield writing
         for file in sorted(path for path in writing.rglob("*") if path.is_file()):
             target = output / file.relative_to(writing)
@@ -159,8 +166,7 @@ def written_pipeline(
 
 
 def _tidy_autoencoder_config(config_file: Path) -> None:
-    # AutoencoderTiny writes the first key for other readers and then warns of it at every load. The second key is the
-    # path in training.
+    # AutoencoderTiny writes this key for other readers and then warns of it at every load.
     config = json.loads(config_file.read_text())
-    kept = {key: value for key, value in config.items() if key not in ("block_out_channels", "_name_or_path")}
-    config_file.write_text(json.dumps(kept, indent=2) + "\n")
+    del config["block_out_channels"]
+    config_file.write_text(json.dumps(config, indent=2) + "\n")

@@ -10,7 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from ray_ddpo.common.preference_files import read_preferences
+from ray_ddpo.common.preference_files import decoded_image, read_preferences
 from ray_ddpo.common.preference_prompts import PreferenceImages, Preferences, SamplePairs
 from ray_ddpo.common.preference_rows import SIDES, PreferenceRows, fitted
 from tests.preference_pairs import SIZE, png_of_noise, write_pairs
@@ -27,6 +27,21 @@ def test_an_image_read_alone_is_that_of_the_file_read_in_order(tmp_path: Path, e
         for side in SIDES:
             in_order = np.asarray(Image.open(io.BytesIO(getattr(pairs[row], side))))
             assert np.array_equal(np.asarray(rows.image(row, side)), in_order)
+
+
+def test_an_image_stands_upright_and_transparent_pixels_are_refused() -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.new("RGB", (16, 8)).save(file, "PNG", exif=exif)
+    assert decoded_image("row 1, chosen", file.getvalue()).size == (8, 16)
+    for alpha in (255, 254):
+        file = io.BytesIO()
+        Image.new("RGBA", (16, 8), (1, 2, 3, alpha)).save(file, "PNG")
+        if alpha == 255:
+            assert decoded_image("row 1, chosen", file.getvalue()).size == (16, 8)
+        else:
+            with pytest.raises(ValueError, match="^row 1, chosen: it has transparent pixels"):
+                decoded_image("row 1, chosen", file.getvalue())
 
 
 def test_a_row_group_of_a_written_file_is_small(tmp_path: Path) -> None:

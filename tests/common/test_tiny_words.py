@@ -52,3 +52,8 @@ def test_test_prompts_are_right_often_and_not_always(pipeline, name):
 
 def test_no_model_folder_lacks_its_card():
     assert all((Path(folder) / "README.md").exists() for folder in EMBEDDED_MODELS.values())
+
+
+def test_no_configuration_names_a_folder_of_the_training():
+    files = [file for folder in EMBEDDED_MODELS.values() for file in Path(folder).rglob("*.json")]
+    assert len(files) > 10 and [str(file) for file in files if '"_name_or_path"' in file.read_text()] == []

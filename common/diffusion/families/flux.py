@@ -16,7 +16,7 @@ from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.policy import Conditioning
-from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
+from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 OWN_LATENT_SIZE = 128  # not in the configuration: images of 1024² pixels
@@ -87,11 +87,8 @@ class FluxPolicy(DiffusersPolicy):
     config: "Flux"
 
     def _table(self, sampling: SamplingTable) -> FlowMatchTable:
-        scheduler, steps = self.pipeline.scheduler.config, sampling.num_steps
-        tokens = (self.latent_shape[1] // PATCH) * (self.latent_shape[2] // PATCH)
-        evenly_spaced = not scheduler.get("use_flow_sigmas", False)
-        table = flow_match_table(scheduler, steps, sampling.eta, tokens, evenly_spaced, sampling.sde)
-        return table.to(self.device)
+        evenly_spaced = not self.pipeline.scheduler.config.get("use_flow_sigmas", False)
+        return self._flow_table(sampling, PATCH, evenly_spaced)
 
     def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
         length = self.config.max_sequence_length

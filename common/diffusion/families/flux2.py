@@ -19,7 +19,7 @@ from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.policy import Conditioning
 from ray_ddpo.common.diffusion.prompt_lengths import TextReader, tokens_before
-from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
+from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 OWN_LATENT_SIZE = 64  # not in the configuration: images of 1024² pixels
@@ -80,11 +80,9 @@ class Flux2Policy(DiffusersPolicy):
     config: "Flux2Config"
 
     def _table(self, sampling: SamplingTable) -> FlowMatchTable:
-        scheduler, steps = self.pipeline.scheduler.config, sampling.num_steps
-        tokens = self.latent_shape[1] * self.latent_shape[2]
-        evenly_spaced, shift = not scheduler.get("use_flow_sigmas", False), empirical_shift(tokens, steps)
-        table = flow_match_table(scheduler, steps, sampling.eta, tokens, evenly_spaced, sampling.sde, shift)
-        return table.to(self.device)
+        evenly_spaced = not self.pipeline.scheduler.config.get("use_flow_sigmas", False)
+        shift = empirical_shift(self.latent_shape[1] * self.latent_shape[2], sampling.num_steps)
+        return self._flow_table(sampling, 1, evenly_spaced, shift)
 
     def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
         rows = self._states(prompt)

@@ -9,6 +9,7 @@ _QWEN_3_8B: dict[str, Any] = QWEN_3_4B | {"hidden_size": 4096, "intermediate_siz
 
 
 def _transformer(double: int, single: int, heads: int, text_width: int, guidance: bool) -> dict[str, Any]:
+    """Return the configuration of a network with so many blocks of two streams and of one."""
     return {
         "_class_name": "Flux2Transformer2DModel",
         "patch_size": 1,

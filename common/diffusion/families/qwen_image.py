@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
-from ray_ddpo.common.diffusion.families.masked_text import masked_rows, with_negative_rows
+from ray_ddpo.common.diffusion.families.masked_text import MaskedTextPolicy, masked_rows
 from ray_ddpo.common.diffusion.families.packing import PATCH, packed, unpacked
 from ray_ddpo.common.diffusion.families.published_parts import BOTH_STREAMS, QWEN_25_VL_7B
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
@@ -17,7 +17,7 @@ from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.policy import Conditioning
 from ray_ddpo.common.diffusion.prompt_lengths import TextReader
-from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
+from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 OWN_LATENT_SIZE = 128  # not in the configuration: images of 1024² pixels
@@ -67,21 +67,14 @@ def with_norm_of_conditional(
     return unpacked(guided * (norm / guided.norm(dim=-1, keepdim=True)), *conditional.shape[-2:])
 
 
-class QwenImagePolicy(DiffusersPolicy):
+class QwenImagePolicy(MaskedTextPolicy):
     """A loaded QwenImagePipeline. Latents are stored unpacked and without the axis of frames."""
 
     config: "QwenImage"
+    default_negative: ClassVar[str | None] = UNCONDITIONAL
 
     def _table(self, sampling: SamplingTable) -> FlowMatchTable:
-        tokens = (self.latent_shape[1] // PATCH) * (self.latent_shape[2] // PATCH)
-        scheduler, steps = self.pipeline.scheduler.config, sampling.num_steps
-        return flow_match_table(scheduler, steps, sampling.eta, tokens, True, sampling.sde).to(self.device)
-
-    def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
-        rows = self._padded(prompt)
-        negative = self.negative_prompt if self.negative_prompt is not None else UNCONDITIONAL
-        both = with_negative and self.branches == 2
-        return with_negative_rows(rows, self._padded(negative)) if both else rows
+        return self._flow_table(sampling, PATCH, evenly_spaced=True)
 
     def _padded(self, text: str) -> Conditioning:
         length = self.config.max_sequence_length

@@ -18,7 +18,7 @@ from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.policy import Conditioning
-from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
+from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 PATCH, POSITIONS = 2, 96  # diffusers' defaults for the transformer
@@ -70,10 +70,7 @@ class SD3Policy(DiffusersPolicy):
     config: "SD3"
 
     def _table(self, sampling: SamplingTable) -> FlowMatchTable:
-        patch = self.network.config.patch_size
-        tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
-        scheduler, steps = self.pipeline.scheduler.config, sampling.num_steps
-        return flow_match_table(scheduler, steps, sampling.eta, tokens, False, sampling.sde).to(self.device)
+        return self._flow_table(sampling, self.network.config.patch_size, evenly_spaced=False)
 
     def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
         keys |= {"prompt_2": None, "prompt_3": None, "max_sequence_length": self.config.max_sequence_length}

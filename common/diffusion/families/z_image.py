@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
-from ray_ddpo.common.diffusion.families.masked_text import masked_rows, with_negative_rows
+from ray_ddpo.common.diffusion.families.masked_text import MaskedTextPolicy, masked_rows
 from ray_ddpo.common.diffusion.families.packing import PATCH
 from ray_ddpo.common.diffusion.families.published_parts import FLOW_AUTOENCODER, QWEN_3_4B
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
@@ -18,7 +18,7 @@ from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.policy import Conditioning
 from ray_ddpo.common.diffusion.prompt_lengths import TextReader, tokens_before
-from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
+from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 OWN_LATENT_SIZE = 128  # not in the configuration: images of 1024² pixels
@@ -126,20 +126,13 @@ def _through(network: Any, layers: Iterable[nn.Module], tokens: Tensor, *inputs:
     return tokens
 
 
-class ZImagePolicy(DiffusersPolicy):
+class ZImagePolicy(MaskedTextPolicy):
     """A loaded ZImagePipeline."""
 
     config: "ZImage"
 
     def _table(self, sampling: SamplingTable) -> FlowMatchTable:
-        tokens = (self.latent_shape[1] // PATCH) * (self.latent_shape[2] // PATCH)
-        scheduler, steps = self.pipeline.scheduler.config, sampling.num_steps
-        return flow_match_table(scheduler, steps, sampling.eta, tokens, True, sampling.sde).to(self.device)
-
-    def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
-        rows = self._padded(prompt)
-        both = with_negative and self.branches == 2
-        return with_negative_rows(rows, self._padded(self.negative_prompt or "")) if both else rows
+        return self._flow_table(sampling, PATCH, evenly_spaced=True)
 
     def _padded(self, text: str) -> Conditioning:
         length = self.config.max_sequence_length
