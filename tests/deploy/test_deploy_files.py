@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
+from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.commands.plan.plan import plan
 from tests.deploy.manifests import (
@@ -246,7 +247,8 @@ def test_an_upload_is_small_and_holds_what_a_run_needs(tmp_path: Path) -> None:
         sizes = {entry.filename: entry.compress_size for entry in upload.infolist()}
     needed = ["ray_ddpo/cli.py", "ray_ddpo/train.py", "deploy/recipes/demo.toml"]
     needed += ["ray_ddpo/common/prompt_lists/animals.txt"]
-    needed += ["ray_ddpo/common/tiny_animals/unet/diffusion_pytorch_model.safetensors"]
+    models = tuple(f"ray_ddpo/common/{name}/" for name in EMBEDDED_MODELS)
+    needed += [f"{folder}model_index.json" for folder in models]
     assert set(needed) <= set(sizes)
     left_here = (
         "docs/",
@@ -262,5 +264,6 @@ def test_an_upload_is_small_and_holds_what_a_run_needs(tmp_path: Path) -> None:
         ".git/",
     )
     assert [name for name in sizes if name.startswith(left_here)] == []
-    program = ("ray_ddpo/", "deploy/")
-    assert 5e6 < sum(size for name, size in sizes.items() if name.startswith(program) or os.sep not in name) < 20e6
+    assert all(sum(size for name, size in sizes.items() if name.startswith(folder)) < 12e6 for folder in models)
+    program = [name for name in sizes if name.startswith(("ray_ddpo/", "deploy/")) or os.sep not in name]
+    assert 1e6 < sum(sizes[name] for name in program if not name.startswith(models)) < 6e6
