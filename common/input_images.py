@@ -6,6 +6,7 @@ contents. So ledger, resume, samplers and reward workers know them, and each rea
 
 import functools
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from ray_ddpo.common.preference_rows import fitted
 
 IMAGE, MASK = "image", "mask"
 CONTENT = "_sha256"
-NAMES = (IMAGE, IMAGE + CONTENT, MASK, MASK + CONTENT)
+NAMES = (IMAGE, MASK)
 MOST_CHECKED = 1000  # prompts whose images are decoded before a run starts
+WHITE = 128  # of 255: a mask's pixels from here on may change
 FITTED_KEPT = 64  # input images that a process keeps, fitted to the output's size
 Metadata = Mapping[str, Any]
 
@@ -59,21 +61,26 @@ def read_inputs(metadata: Sequence[Metadata], size: tuple[int, int]) -> InputIma
     Raises:
         ValueError: a prompt has no input image, or its file is missing, damaged, or another one than at the start.
     """
-    rows = [_fitted_input(*(about.get(name) for name in NAMES), size) for about in metadata]
+    # Without its content a name is a column of the user's, with any value.
+    files = [
+        [(about[name], about[name + CONTENT]) if name + CONTENT in about else None for name in NAMES]
+        for about in metadata
+    ]
+    rows = [_fitted_input(*pair, size) for pair in files]
     return InputImages(pixels=np.stack([row[0] for row in rows]), masks=np.stack([row[1] for row in rows]))
 
 
 @functools.lru_cache(maxsize=FITTED_KEPT)
 def _fitted_input(
-    image: str | None, image_sha: str | None, mask: str | None, mask_sha: str | None, size: tuple[int, int]
+    image: tuple[str, str] | None, mask: tuple[str, str] | None, size: tuple[int, int]
 ) -> tuple[UInt8[np.ndarray, "H W 3"], Bool[np.ndarray, "H W"]]:
-    """Return the pixels and the mask of one prompt."""
-    if image is None or image_sha is None:
+    """Return the pixels and the mask of one prompt. Both are given by path and content."""
+    if image is None:
         raise ValueError("a prompt has no input image, which this model edits: give its file as prompts.image_column")
-    pixels = fitted(open_input("prompts.image_column", Path(image), image_sha), size)
-    if mask is None or mask_sha is None:
+    pixels = fitted(open_input("prompts.image_column", Path(image[0]), image[1]), size)
+    if mask is None:
         return pixels, np.zeros(size, bool)
-    return pixels, fitted(_as_mask(open_input("prompts.mask_column", Path(mask), mask_sha)), size)[..., 0] >= 128
+    return pixels, fitted(_as_mask(open_input("prompts.mask_column", Path(mask[0]), mask[1])), size)[..., 0] >= WHITE
 
 
 def open_input(where: str, path: Path, sha256: str | None = None) -> Image.Image:
@@ -90,7 +97,7 @@ def open_input(where: str, path: Path, sha256: str | None = None) -> Image.Image
 
 
 def _as_mask(image: Image.Image) -> Image.Image:
-    return image.convert("L").point([0] * 128 + [255] * 128)
+    return image.convert("L").point([0] * WHITE + [255] * (256 - WHITE))
 
 
 def with_inputs(metadata: dict[str, Any], columns: Mapping[str, str], folder: Path) -> dict[str, Any]:
@@ -102,19 +109,33 @@ def with_inputs(metadata: dict[str, Any], columns: Mapping[str, str], folder: Pa
         folder: where relative paths begin.
 
     Raises:
-        ValueError: a column is missing or no path, or there is no such file.
+        ValueError: a column is missing or no path, there is no such file, or another column has a name of the result.
     """
-    found = {name: value for name, value in metadata.items() if name not in columns.values()}
+    others, read = {name: value for name, value in metadata.items() if name not in columns.values()}, {}
     for name, column in columns.items():
         value = metadata.get(column)
         if not isinstance(value, str) or not value.strip():
             shown = f"is {str(value)[:40]!r}" if column in metadata else "is missing"
             raise ValueError(f"its {column!r} {shown}, and it must be the path of an image file")
-        path = (folder / Path(value).expanduser()).absolute()
-        if not path.is_file():
+        if "://" in value:
+            raise ValueError(f"{column!r} is {value[:200]!r}: images are read from files, so download it first")
+        path = (folder / os.path.expanduser(value)).absolute()
+        if not _is_file(path):
             raise ValueError(f"{column!r}: there is no image {str(path)!r}")
-        found |= {name: str(path), name + CONTENT: file_content(path)}
-    return found
+        read |= {name: str(path), name + CONTENT: file_content(path)}
+    if taken := sorted({*read, *(name + CONTENT for name in NAMES)} & set(others)):
+        raise ValueError(
+            f"its column {taken[0]!r} is none of {list(columns.values())}, and metadata of input images has that name: "
+            "rename the column"
+        )
+    return others | read
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # its name is too long
+        return False
 
 
 def file_content(path: Path) -> str:
@@ -135,12 +156,19 @@ def _content(path: Path, size: int, changed: int) -> str:
 def check_inputs(metadata: Sequence[Metadata], where: str) -> None:
     """Decode the images and masks of the first prompts. Raise ValueError if one cannot be used."""
     for about in metadata[:MOST_CHECKED]:
-        names = [name for name in (IMAGE, MASK) if name in about]
-        sizes = {name: open_input(where, Path(about[name]), about[name + CONTENT]).size for name in names}
+        names = [name for name in NAMES if name + CONTENT in about]
+        images = {name: open_input(where, Path(about[name]), about[name + CONTENT]) for name in names}
+        sizes = {name: image.size for name, image in images.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(
                 f"{where}: the image {about[IMAGE]!r} has {sizes[IMAGE]} pixels, and its mask {about[MASK]!r} "
                 f"{sizes[MASK]}: both must have one size"
+            )
+        brightest = images[MASK].convert("L").getextrema()[1] if MASK in images else 0
+        if 0 < brightest < WHITE:
+            raise ValueError(
+                f"{where}: the brightest pixel of the mask {about[MASK]!r} is {brightest} of 255, and at least {WHITE} "
+                "says where the image may change: save the mask with 0 and 255"
             )
 
 
@@ -151,5 +179,5 @@ def without_places(metadata: Metadata) -> dict[str, Any]:
 
 def content_key(text: str, metadata: Metadata) -> str:
     """Return what tells a prompt from others: its text and, if it has an input image, the image's content."""
-    contents = [str(metadata[name + CONTENT]) for name in (IMAGE, MASK) if name + CONTENT in metadata]
+    contents = [str(metadata[name + CONTENT]) for name in NAMES if name + CONTENT in metadata]
     return " ".join([text, *(f"[{content[:12]}]" for content in contents)])

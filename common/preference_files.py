@@ -22,6 +22,7 @@ REWARDS = ("chosen_reward", "rejected_reward")
 FORMATS = (".parquet", ".jsonl")
 ROWS_OF_A_GROUP = 8  # of a parquet file: what is read to have one row
 MOST_PIXELS = 8192 * 8192  # of an image; Pillow warns of more than 89 million
+LONGEST = 100  # times the shorter side: scaled to cover a square, a longer image would fill the memory
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 BAD_IMAGE = (*DAMAGED, OSError, SyntaxError, OverflowError, struct.error, zlib.error)  # Pillow raises all of these
 SHORT = reprlib.Repr()  # of values in messages
@@ -282,7 +283,7 @@ def decoded_image(where: str, data: bytes) -> Image.Image:
     """Decode an image file, upright as its EXIF orientation says.
 
     Raises:
-        ValueError: it is damaged or too large, or has more than 8 bits a channel or transparent pixels.
+        ValueError: it is damaged, too large or too elongated, or has more than 8 bits a channel or transparent pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -301,6 +302,10 @@ def decoded_image(where: str, data: bytes) -> Image.Image:
         raise ValueError(f"{where}: it is too large: {size}, and an image may have {MOST_PIXELS:,} pixels") from error
     except BAD_IMAGE as error:
         raise ValueError(f"{where}: it is no image that can be read: {first_line(error)}") from error
+    if max(upright.size) > LONGEST * min(upright.size):
+        raise ValueError(
+            f"{where}: it has {upright.size} pixels, and its longer side may have {LONGEST} times the shorter one's"
+        )
     opaque = upright.convert("RGBA").getchannel("A").histogram()[255] if upright.has_transparency_data else None
     if opaque is not None and opaque < upright.width * upright.height:
         raise ValueError(f"{where}: it has transparent pixels, which have no color: put it on a background")

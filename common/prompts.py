@@ -65,7 +65,7 @@ def metadata_as_json(prompts: Sequence[Prompt]) -> list[str | None]:
 def refuse_without_inputs(prompts: Sequence[Prompt], who: str) -> None:
     """Raise ValueError if a prompt has no input image, which `who` reads."""
     for prompt in prompts:
-        if IMAGE not in prompt.metadata:
+        if IMAGE + CONTENT not in prompt.metadata:  # not IMAGE, which may be a column that says something else
             raise ValueError(
                 f"{who} reads each prompt's input image, and {prompt.text!r} has none: give prompts.image_column"
             )

@@ -33,6 +33,9 @@ from ray_ddpo.deploy.driver.components import Given
 from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 
+AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # Pillow's modes that a PNG keeps
+TOO_DEEP = ("I", "F")  # modes of more than 8 bits a channel, which a conversion would cut off
+
 RewardArgument = Reward | Callable[..., Any]
 PromptsArgument = PromptSource | Sequence[str] | Sequence[Mapping[str, Any]] | Callable[..., Any]
 
@@ -203,8 +206,10 @@ def _saved_image(where: str, value: Any, place: Path) -> str:
         value = Image.fromarray(pixels)
     if not isinstance(value, Image.Image):
         raise ValueError(f"{where} is a {type(value).__name__}: give a path, a PIL image or an array")
+    if value.mode in TOO_DEEP:
+        raise ValueError(f"{where} is an image of Pillow's mode {value.mode}: it must have at most 8 bits a channel")
     buffer = io.BytesIO()
-    value.save(buffer, "PNG")
+    (value if value.mode in AS_PNG else value.convert("RGB")).save(buffer, "PNG")
     name = f"{hashlib.sha256(buffer.getvalue()).hexdigest()[:32]}.png"
     (place / name).write_bytes(buffer.getvalue())
     return name

@@ -1,5 +1,8 @@
 """Input images of prompts: their files, contents, masks, and what is refused."""
 
+import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ from PIL import Image
 
 from ray_ddpo.common.input_images import blank_inputs, check_inputs, read_inputs, without_places
 from ray_ddpo.common.prompts import File, Prompt
-from tests.accepted_page import assert_refused
+from tests.accepted_page import assert_accepted, assert_refused
 from tests.input_files import input_mask, input_pixels, save_inputs
 
 
@@ -112,3 +115,71 @@ def test_evaluation_takes_prompts_with_their_images_only(tmp_path: Path) -> None
     assert [prompt.metadata["image"][-5:] for prompt in file.evaluated(["make it red"])] == ["0.png", "2.png"]
     with pytest.raises(ValueError, match=r"evaluation.prompts has \['a cow'\], which is no prompt of"):
         file.evaluated(["a cow"])
+
+
+def test_elongated_images_and_masks_of_zeros_and_ones_are_refused_before_the_run(tmp_path: Path) -> None:
+    file = save_inputs(tmp_path, ("a cat",))
+    for size in ((1000, 9), (9, 1000)):  # scaled to cover 1024 pixels, it would take gigabytes
+        Image.new("RGB", size).save(tmp_path / "0.png")
+        with pytest.raises(ValueError) as error:
+            source(file, mask_column=None).check()
+        assert_refused("an elongated input image", str(error.value))
+    Image.new("RGB", (900, 9)).save(tmp_path / "0.png")
+    source(file, mask_column=None).check()
+    file = save_inputs(tmp_path, ("a cat",))
+    Image.fromarray(input_mask(0).astype(np.uint8)).save(tmp_path / "0_mask.png")
+    with pytest.raises(ValueError) as error:
+        source(file).check()
+    assert_refused("a mask of zeros and ones", str(error.value))
+    for value in (0, 128, 255):
+        Image.new("L", (16, 16), value).save(tmp_path / "0_mask.png")
+        source(file).check()
+
+
+@pytest.mark.parametrize("mask", ["0_mask.png", ["a", "list"], None, 3])
+def test_a_column_called_mask_is_metadata_like_others_if_no_key_names_it(mask: Any, tmp_path: Path) -> None:
+    file = save_inputs(tmp_path, ("a cat",))
+    file.write_text(json.dumps({"prompt": "a cat", "image": "0.png", "mask": mask}))
+    prompts = source(file, mask_column=None, column="prompt")
+    prompts.check()
+    prompt = prompts.sampled()[0]
+    assert prompt.metadata["mask"] == mask and not read_inputs([prompt.metadata], (16, 16)).masks.any()
+
+
+@pytest.mark.parametrize("column", ["image", "image_sha256", "mask_sha256"])
+def test_a_column_with_a_name_of_the_inputs_metadata_is_refused(column: str, tmp_path: Path) -> None:
+    file = save_inputs(tmp_path, ("a cat",))
+    file.write_text(json.dumps({"prompt": "a cat", "picture": "0.png", column: "mine"}))
+    with pytest.raises(ValueError) as error:
+        source(file, image_column="picture", mask_column=None, column="prompt").sampled()
+    assert_refused("a column with a name of the input images' metadata", str(error.value))
+
+
+@pytest.mark.parametrize("path", ["~nobody_of_this_name/0.png", "a" * 5000, "a\0b", "/dev/null", "."])
+def test_a_path_that_no_image_can_have_is_refused_with_its_line(path: str, tmp_path: Path) -> None:
+    file = save_inputs(tmp_path, ("a cat",))
+    file.write_text(json.dumps({"prompt": "a cat", "image": path}))
+    with pytest.raises(ValueError, match="line 1: 'image': there is no image "):
+        source(file, mask_column=None, column="prompt").sampled()
+
+
+def test_an_url_is_refused_as_no_file(tmp_path: Path) -> None:
+    file = save_inputs(tmp_path, ("a cat",))
+    file.write_text(json.dumps({"prompt": "a cat", "image": "https://example.org/0.png"}))
+    with pytest.raises(ValueError) as error:
+        source(file, mask_column=None, column="prompt").sampled()
+    assert_refused("an URL in the place of an input image", str(error.value))
+
+
+def test_colors_of_16_bits_are_read_with_their_upper_8(tmp_path: Path) -> None:
+    file, values = save_inputs(tmp_path, ("a cat",)), np.random.default_rng(0).integers(0, 1 << 16, (16, 16, 3))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)  # Pillow writes no such file
+    header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    (tmp_path / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    prompt = source(file).sampled()[0]
+    assert np.array_equal(read_inputs([prompt.metadata], (16, 16)).pixels[0], values >> 8)
+    assert_accepted("colors of 16 bits, as in some PNG files")

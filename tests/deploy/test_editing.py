@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 
 from ray_ddpo import cli, train
+from ray_ddpo.common.input_images import read_inputs
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.model_card.card import loading
 from ray_ddpo.deploy.driver.components import build_components, components_of
+from ray_ddpo.handed_over import stored_rows
 from ray_ddpo.train import run_training
 from tests.accepted_page import assert_refused
 from tests.input_files import input_mask, input_pixels, input_table, save_inputs
@@ -161,6 +163,19 @@ def test_a_python_program_hands_over_images_and_a_reward_that_asks_for_them(tabl
         train(recipe, prompts=rows[:1], reward=likeness, serial=True, resume=True)
     with pytest.raises(ValueError, match="prompts= has row 1, image is a int: give a path, a PIL image or an array"):
         train(recipe, prompts=[{"prompt": "a cat", "image": 3}], serial=True)
+    for mode in ("F", "I"):
+        with pytest.raises(
+            ValueError, match=f"row 1, image is an image of Pillow's mode {mode}: it must have at most 8"
+        ):
+            train(recipe, prompts=[{"prompt": "a cat", "image": Image.new(mode, (16, 16))}], serial=True)
+
+
+def test_pil_images_of_all_modes_of_8_bits_are_stored_as_they_look(tables: dict, tmp_path: Path) -> None:
+    white = Image.new("RGB", (16, 16), (255, 255, 255))
+    rows = [{"prompt": mode, "image": white.convert(mode)} for mode in ("1", "L", "P", "CMYK", "YCbCr", "HSV", "RGBX")]
+    source: Any = stored_rows(rows, Recipe.parse(edit_tables(tables, tmp_path)))
+    source.check()
+    assert (read_inputs([prompt.metadata for prompt in source.sampled()], (16, 16)).pixels >= 254).all()
 
 
 def test_a_model_cards_program_gives_the_pipeline_its_input_image(run: Path) -> None:
