@@ -152,6 +152,19 @@ class ValueFunction:
                 }
 
 
+def value_bytes(settings: ValueSettings, latent_elements: int, num_steps: int) -> int:
+    """Return the bytes of a value function with its optimizer and a batch. Prompt features, a few thousand, are not counted.
+
+    Args:
+        settings: the keys of `[algorithm.value]`.
+        latent_elements: of one image's latents.
+        num_steps: denoising steps.
+    """
+    layers = (latent_elements + 2 * HIDDEN) * HIDDEN + 3 * HIDDEN * (1 + num_steps) + HIDDEN + 1
+    # Weights, gradients and AdamW's two moments; a batch's latents, alone and with the prompts' features.
+    return 4 * (4 * layers + 2 * max(settings.batch_size, ROWS) * latent_elements)
+
+
 def _kept_keys(arrays: Mapping[str, np.ndarray], name: str) -> list[str]:
     return [each.rpartition("/")[2] for each in arrays if each.rpartition("/")[0] == name]
 

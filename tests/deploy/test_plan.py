@@ -1,6 +1,7 @@
 """`ddpo plan` agrees with a run, and with the published tables."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from ray_ddpo.common.diffusion.memory.sizes import parameter_bytes
 from ray_ddpo.common.prompts import Animals
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_tasks
-from ray_ddpo.deploy.commands.plan.numbers import in_bytes, learner_peak, plan_of
+from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes, learner_peak, plan_of
 from ray_ddpo.deploy.commands.plan.plan import GIGABYTES, largest_micro_batch, largest_shared_micro_batch, plan
 from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.learner import Learner
+from ray_ddpo.learner.value_function import ValueNetwork
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 pytestmark = pytest.mark.usefixtures("counted_once")
@@ -285,3 +287,22 @@ def test_the_copy_of_the_network_is_counted_if_numerics_differ(tables: dict) -> 
         100 + 640,
     ]
     assert "host's memory" in plan(half) and "host's memory" not in plan(alike)
+
+
+def test_the_value_function_and_refilled_images_are_counted(tables: dict) -> None:
+    def planned(**algorithm: object) -> Plan:
+        return plan_of(Recipe.parse({**tables, "algorithm": algorithm}))
+
+    tables["prompts"]["images_per_prompt"] = 2
+
+    plain, valued = planned(name="dpok"), planned(name="dpok", value={"batch_size": 300})
+    recipe = Recipe.parse({**tables, "algorithm": {"name": "dpok"}})
+    elements = math.prod(plain.sizes.latent_shape)
+    network = ValueNetwork(elements, recipe.sampling.num_steps)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    assert valued.value_bytes == 4 * (4 * parameters + 2 * 300 * elements)
+    assert plain.value_bytes == 0 and valued.learner_bytes == plain.learner_bytes + valued.value_bytes
+    assert "for the value function" in plan(Recipe.parse({**tables, "algorithm": {"name": "dpok", "value": {}}}))
+    refilled = planned(name="grpo", selection={"refill": 2})
+    once = refilled.trajectory_bytes * refilled.images
+    assert refilled.round_bytes == planned(name="grpo").round_bytes + 2 * once

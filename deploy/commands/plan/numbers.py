@@ -17,6 +17,7 @@ from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.deploy.driver.gpu_layout import device_of
 from ray_ddpo.learner.optimization.optimizer import optimizer_state_bytes, rank_sizes
 from ray_ddpo.learner.process_group import buffer_bytes
+from ray_ddpo.learner.value_function import value_bytes
 from ray_ddpo.learner.weight_check import computes_as_samplers
 
 
@@ -33,7 +34,7 @@ class Plan:
     micro_batch: int  # transitions per forward pass; 1 if the size is found at the start
     forward_passes: int  # of all learner ranks together, per round
     trajectory_bytes: int  # of one image, as it is transferred
-    round_bytes: int  # of all trajectories in flight
+    round_bytes: int  # of all trajectories in flight, if a round is refilled as often as it may be
     broadcast_bytes: int  # of one policy version
     optimizer_bytes: int  # of the optimizer state in a checkpoint
     conditioning_bytes: int  # of a round's prompts, on the learner's device
@@ -49,6 +50,7 @@ class Plan:
     # The learner's peak by transitions without gradient checkpointing, if that is "auto"; `sizes` has the peak with it.
     plain_learner: PeakBytes | None = None
     refill_attempts: int = 0  # further samplings of a round, at most
+    value_bytes: int = 0  # of the algorithm's value function on a learner rank
     gradient_bytes: int = 0  # of decoder and rewards on a learner rank, if it propagates the rewards' gradients
 
     @property
@@ -94,6 +96,8 @@ def plan_of_components(components: Components) -> Plan:
     conditioning = recipe.images_per_round * sizes.conditioning_bytes
     reduced = buffer_bytes(sizes.trained_parameters, learner.world_size)
     copy = 0 if computes_as_samplers(policy, recipe) else sizes.network_bytes
+    value = _value_bytes(components, sizes)
+    rounds_in_flight = num_kept(recipe.kept_lag) + components.algorithm.refill_attempts  # one is refilled at a time
     has_graphs = records_graphs(policy, device_of(recipe)) and not policy.is_compiled("sampler")
     return Plan(
         images=recipe.images_per_round,
@@ -105,11 +109,11 @@ def plan_of_components(components: Components) -> Plan:
         micro_batch=micro_batch,
         forward_passes=steps * transitions // micro_batch,
         trajectory_bytes=trajectory,
-        round_bytes=trajectory * recipe.images_per_round * num_kept(recipe.kept_lag),
+        round_bytes=trajectory * recipe.images_per_round * rounds_in_flight,
         broadcast_bytes=4 * sizes.trained_parameters,
         optimizer_bytes=optimizer_state_bytes(learner, sizes),
         conditioning_bytes=conditioning,
-        learner_bytes=learner_peak(recipe, sizes, micro_batch, copy) + conditioning + reduced,
+        learner_bytes=learner_peak(recipe, sizes, micro_batch, copy) + conditioning + reduced + value,
         sampler_bytes=sizes.sampler_bytes(sampling.batch_size),
         graph_bytes=round(sampling.batch_size * sizes.sampling.each) if has_graphs else 0,
         reward_worker_bytes={
@@ -122,6 +126,7 @@ def plan_of_components(components: Components) -> Plan:
         reduced_bytes=reduced,
         copy_bytes=copy,
         gradient_bytes=_gradient_bytes(components, sizes),
+        value_bytes=value,
         refill_attempts=components.algorithm.refill_attempts,
         plain_learner=_sizes(policy.with_checkpointing(False), components).learner if is_auto else None,
     )
@@ -144,6 +149,14 @@ def _gradient_bytes(components: Components, sizes: PolicySizes) -> int:
         return 0
     tables = [table for table in components.recipe.all_rewards if table.weight]
     return sizes.decoder_bytes + sum(components.rewards[table.called].memory_bytes for table in tables)
+
+
+def _value_bytes(components: Components, sizes: PolicySizes) -> int:
+    """Return the bytes of the algorithm's value function on a learner rank; 0 if it has none."""
+    settings = components.algorithm.value_settings
+    if settings is None:
+        return 0
+    return value_bytes(settings, math.prod(sizes.latent_shape), components.recipe.sampling.num_steps)
 
 
 def _sizes(policy: PolicyConfig, components: Components) -> PolicySizes:

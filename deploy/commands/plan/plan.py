@@ -131,7 +131,7 @@ def _refill_rows(numbers: Plan) -> Rows:
     if not attempts:
         return []
     most = f"up to {numbers.images * (1 + attempts)} images in {attempts} refill{'s' * (attempts > 1)}"
-    return [("refilled rounds", f"{most}; times, bytes and images in total are those without")]
+    return [("refilled rounds", f"{most}; times and images in total are those without")]
 
 
 def _sharding_rows(learner: LearnerTable, numbers: Plan) -> Rows:
@@ -175,6 +175,9 @@ def _byte_rows(recipe: Recipe, numbers: Plan) -> Rows:
         rows.append(
             ("of it" if one_rank else "of each", f"{in_bytes(numbers.gradient_bytes)} for the weights of {what}")
         )
+    if numbers.value_bytes:
+        where = "of it" if one_rank else "of each"
+        rows.append((where, f"{in_bytes(numbers.value_bytes)} for the value function, its optimizer and a batch"))
     if numbers.plain_learner:
         more = numbers.plain_learner.of(numbers.micro_batch) - sizes.learner.of(numbers.micro_batch)
         rows.append(("gradient checkpointing", f"only where it must be; without it {in_bytes(more)} more"))
@@ -289,7 +292,8 @@ def recomputes(recipe: Recipe, numbers: Plan, gigabytes: int) -> bool:
 
 def _free_bytes(numbers: Plan, gigabytes: int, processes: int = 1, others: int = 0) -> float:
     """Return the bytes of a GPU that a learner's steps may take beside other processes and a round's prompts."""
-    return usable_bytes(gigabytes * 2**30, processes) - others - numbers.conditioning_bytes - numbers.reduced_bytes
+    kept = numbers.conditioning_bytes + numbers.reduced_bytes + numbers.value_bytes
+    return usable_bytes(gigabytes * 2**30, processes) - others - kept
 
 
 def largest_shared_micro_batch(numbers: Plan, gigabytes: int) -> int:
