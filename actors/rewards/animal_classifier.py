@@ -1,7 +1,7 @@
 """Classify the prompted animal, by a linear head on features of a pretrained ImageNet network."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +10,9 @@ from jaxtyping import Float
 
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
 from ray_ddpo.common.differentiable_reward import DifferentiableReward
+from ray_ddpo.common.prompts import Prompt
 
+NETWORK_BYTES = 4 * (4_652_008 + 42_065 + 45 * 1281)  # float32: EfficientNet-Lite0, its batch statistics and the probe
 PROBE_FILE = Path(__file__).parents[2] / "common" / "tiny_animals" / "probe.safetensors"
 
 
@@ -22,6 +24,17 @@ class AnimalClassifier(Reward):
     measure: Literal["log_prob", "log_odds", "top1"] = "log_prob"
     """Natural logarithm of the animal's probability p (`log_prob`), ln(p / (1 - p)) (`log_odds`), or 1 if no class is more
     probable, else 0 (`top1`). Log-odds still differ between images whose p is close to 1."""
+
+    @property
+    def memory_bytes(self) -> int:
+        return NETWORK_BYTES
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        from ray_ddpo.common.image_models.linear_probe import load_probe
+
+        classes = load_probe(PROBE_FILE).classes
+        for prompt in prompts:
+            class_index(prompt.text, classes)
 
     def load(self, device: str) -> LoadedReward:
         """Load the probe.

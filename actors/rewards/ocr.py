@@ -18,6 +18,7 @@ from ray_ddpo.common.prompts import Prompt
 
 QUOTED = re.compile(r'"([^"]*)"')
 
+WEIGHT_BYTES = 9_929_594 + 21_234_383  # of one recognizer: the files of PP-OCRv6's detection and recognition, small
 MULTIPLE = 32  # pixels: the detection network takes sides that are multiples of it
 LONGEST = 4  # times the shorter side: a longer image is padded, because the recognizer would enlarge it to a huge one
 BICUBIC = Image.Resampling.BICUBIC
@@ -48,6 +49,11 @@ class Ocr(Reward):
     """Look for lines of text. If false, an image is read as a single line on a plain ground, which is faster."""
     min_confidence: float = Field(default=0.5, ge=0, le=1)
     """Confidence below which a line of text is ignored."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """The size of one recognizer's weights. On the CPU each further thread has a recognizer of its own."""
+        return WEIGHT_BYTES
 
     @property
     def independent_of_batch(self) -> bool:

@@ -85,7 +85,7 @@ class JudgeReward(Reward):
             json.dumps(self.extra_body, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"extra_body cannot be sent as JSON: {error}") from None
-        if self.cache_folder and not Path(self.cache_folder).expanduser().is_absolute():
+        if self.cache_folder and not Path(os.path.expanduser(self.cache_folder)).is_absolute():
             raise ValueError(
                 f"cache_folder is {self.cache_folder!r}: it must be absolute or begin with ~, because reward workers "
                 "run in folders of their own"
@@ -102,6 +102,10 @@ class JudgeReward(Reward):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         if self.shows_input:
             refuse_without_inputs(prompts, "the reward's show_input")
+        questions = self.asked()
+        for prompt in prompts:
+            for question in questions:
+                fill(question.template, prompt.text, prompt.metadata)
 
     @abstractmethod
     def asked(self) -> list[Question]:

@@ -6,6 +6,7 @@ import torch
 
 from ray_ddpo.actors.rewards.animal_classifier import PROBE_FILE, AnimalClassifier, class_index
 from ray_ddpo.common.image_models.linear_probe import LinearProbe, load_image_features, load_probe, save_probe
+from ray_ddpo.common.prompts import Prompt
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
 
@@ -52,6 +53,12 @@ def test_a_prompt_without_exactly_one_animal_is_refused_by_name(prompt):
         class_index(prompt, ["dog", "cat"])
 
 
+def test_prompts_are_checked_before_anything_is_sampled():
+    AnimalClassifier().check_prompts([Prompt("a cat"), Prompt("bear")])
+    with pytest.raises(ValueError, match="prompt 'a table' names no animal"):
+        AnimalClassifier().check_prompts([Prompt("a cat"), Prompt("a table")])
+
+
 def test_of_a_prompt_of_10_000_characters_the_error_shows_the_beginning():
     with pytest.raises(ValueError, match="prompt 'dragons dragons .*…' names no animal") as error:
         class_index("dragons " * 1250, ["dog", "cat"])
@@ -71,3 +78,11 @@ def test_a_probe_comes_back_from_disk_as_it_was(tmp_path):
     assert loaded.classes == ["cat", "dog"]
     # [1, 2] . [1, 1] + 0.5 and [3, 4] . [1, 1] - 0.5
     assert loaded.logits(torch.ones(1, 2)).tolist() == [[3.5, 6.5]]
+
+
+def test_the_plan_counts_the_weights_that_are_loaded():
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network, probe = EfficientNet.from_name("efficientnet-lite0"), load_probe(PROBE_FILE)
+    values = sum(value.numel() for value in (*network.state_dict().values(), probe.weight, probe.bias))
+    assert AnimalClassifier().memory_bytes == 4 * values

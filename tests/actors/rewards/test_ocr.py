@@ -1,5 +1,7 @@
 """The ocr reward reads rendered words, and scores them as Flow-GRPO does."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -136,3 +138,11 @@ def test_plain_rows_above_and_below_a_line_are_cut_but_for_a_margin() -> None:
 
 def test_full_width_letters_are_the_plain_ones() -> None:
     assert is_same("ＣLＵB", "club") == 1
+
+
+def test_the_plan_counts_the_files_of_one_recognizer() -> None:
+    import rapidocr
+
+    files = Path(rapidocr.__file__).parent / "models"
+    used = [file.stat().st_size for file in files.glob("PP-OCRv6_*_small.onnx")]
+    assert len(used) == 2 and Ocr().memory_bytes == sum(used)

@@ -97,6 +97,15 @@ def test_a_field_that_the_metadata_lacks_ends_the_run() -> None:
     assert script.asked == []
 
 
+def test_fields_of_questions_are_checked_before_anything_is_sampled() -> None:
+    reward = VlmJudge(url="http://no-one:1/v1", model=MODEL, questions=(JudgeQuestion(text="Is the {thing} red?"),))
+    reward.check_prompts([Prompt("a car", {"thing": "car"})])
+    with pytest.raises(
+        ValueError, match=r"a question has \{thing\}, which the metadata of prompt 'a cat' does not have"
+    ):
+        reward.check_prompts([Prompt("a car", {"thing": "car"}), Prompt("a cat")])
+
+
 @pytest.mark.parametrize("text", ["I would rather not say", "", None, "11", "There are 2 dogs"])
 def test_an_answer_that_cannot_be_read_is_asked_for_again(text: str | None) -> None:
     with scripted(says(text), says("8")) as (url, script):
