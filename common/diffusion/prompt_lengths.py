@@ -1,7 +1,7 @@
 """Find prompts that are longer than a text encoder reads, and prompts that differ only in the truncated part."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_ddpo.common.print_line import print_line
@@ -17,7 +17,13 @@ class TextReader:
 
     name: str  # of the text encoder, among the pipeline's parts
     tokenizer: Any
-    length: int  # tokens that it reads, with those that begin and end a text
+    length: int  # tokens of a prompt that it reads, with those that begin and end a text
+    template: int = 0  # further tokens, which a template takes before a prompt but not before the negative prompt
+
+    @property
+    def of_negative(self) -> "TextReader":
+        """Return the reader as it reads the negative prompt."""
+        return replace(self, length=self.length + self.template, template=0)
 
 
 def print_cut_prompts(
@@ -62,7 +68,7 @@ def cut_prompts_in_words(
             f"above {guided_above:g}"
         )
         negative = None
-    for reader in readers:
+    for reader in (each.of_negative for each in readers):
         if negative and len(reader.tokenizer(negative)["input_ids"]) > reader.length:
             said.append(f"{_reads(reader)} and cuts sampling.negative_prompt after {_end(reader, negative)}")
     return f"prompts: {'; '.join(said)}" if said else None

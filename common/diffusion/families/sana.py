@@ -88,8 +88,8 @@ class SanaPolicy(DiffusersPolicy):
         return super()._encode(prompt, with_negative, **keys)
 
     def text_readers(self) -> list[TextReader]:
-        # The network reads the instruction's first and last token before those of the prompt.
-        return [TextReader("text_encoder", self.pipeline.tokenizer, self.config.max_sequence_length - 1)]
+        # The network reads the instruction's first and last token before those of the prompt, whose first is one of them.
+        return [TextReader("text_encoder", self.pipeline.tokenizer, self.config.max_sequence_length - 1, template=1)]
 
 
 class Sana(DiffusersConfig):

@@ -55,7 +55,11 @@ def test_each_text_encoder_says_how_many_it_cuts_and_where(family: str, tmp_path
         assert "cuts 2, the first, 'abcdefghijklmnop', after 'abcdefghij'" in said
     same = 3 if family in ("stable_diffusion", "sd_inpainting", "sdxl") else 2
     assert f"{same} are read as another one is" in said
-    assert f"reads {length} tokens and cuts sampling.negative_prompt after '{'n' * len(end)}'" in said
+    more = int(family == "sana")  # whose instruction does not precede a negative prompt
+    assert f"reads {length + more} tokens and cuts sampling.negative_prompt after '{'n' * (len(end) + more)}'" in said
+    for count in (length + more - (len(end) < length) * (length - len(end)), len(end) + more + 1):
+        said = cut_prompts_in_words(readers, ["a cat"], SamplingTable(negative_prompt="n" * count))
+        assert (said is None) == (count <= len(end) + more)
     assert cut_prompts_in_words(readers, ["a cat", "A cat"], SamplingTable(negative_prompt="few")) is None, (
         "equal, and not by what was cut off"
     )
