@@ -3,7 +3,6 @@
 python -m ray_ddpo.learner.pretraining.pretrain --output common/tiny_animals [--seed 0] [--resume]
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ray_ddpo.learner.pretraining.denoiser import Material, train_in_process
 from ray_ddpo.learner.pretraining.drawings import Drawing, prompted_animals, read_drawings
 from ray_ddpo.learner.pretraining.modules import build_autoencoder, build_tokenizer
 from ray_ddpo.learner.pretraining.preview import save_loss_curve, save_sheet
-from ray_ddpo.learner.pretraining.shared_training import STEPS_A_LOSS, TrainingPlan
+from ray_ddpo.learner.pretraining.shared_training import STEPS_A_LOSS, TrainingPlan, parsed, pretraining_parser
 
 OTHER_ANIMALS = 0.15  # of a batch
 VARIANTS = 16  # sizes and positions of a drawing, each also mirrored
@@ -62,20 +61,10 @@ def prepare(drawings: list[Drawing], autoencoder_steps: int, seed: int, work: Pa
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description="Train the embedded Stable Diffusion of 45 animals.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny_animals"), help="folder for the training's state")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6500, help="of UNet and text encoder; a multiple of 50")
-    parser.add_argument("--autoencoder_steps", type=int, default=3200)
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; they divide the batch")
-    parser.add_argument("--resume", action="store_true", help="resume from the state in --work")
-    options = parser.parse_args()
-    if not options.resume and options.work.exists() and any(options.work.iterdir()):
-        parser.error(f"--work {options.work} is not empty: give --resume to resume from it, or another folder")
-    options.work.mkdir(parents=True, exist_ok=True)
+    description = "Train the embedded Stable Diffusion of 45 animals."
+    parser = pretraining_parser(description, "runs/tiny_animals", 6500, 3200, "UNet and text encoder")
+    options = parsed(parser)
     drawings = read_drawings(other_animals=True)
-    torch.set_num_threads(options.workers)
     if not (options.work / "material.safetensors").exists():
         material = prepare(drawings, options.autoencoder_steps, options.seed, options.work)
         material.save(options.work / "material.safetensors")

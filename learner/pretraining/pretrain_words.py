@@ -3,7 +3,6 @@
 python -m ray_ddpo.learner.pretraining.pretrain_words --output common/tiny_words [--seed 0] [--resume]
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ray_ddpo.learner.pretraining.autoencoder import encode, load_autoencoder, s
 from ray_ddpo.learner.pretraining.flow_denoiser import FlowMaterial, train_flow_in_process
 from ray_ddpo.learner.pretraining.flow_modules import build_flow_autoencoder, build_letter_tokenizer
 from ray_ddpo.learner.pretraining.preview import save_loss_curve
-from ray_ddpo.learner.pretraining.shared_training import STEPS_A_LOSS, TrainingPlan
+from ray_ddpo.learner.pretraining.shared_training import STEPS_A_LOSS, TrainingPlan, parsed, pretraining_parser
 from ray_ddpo.learner.pretraining.signs_and_shapes import random_shapes, random_sign
 
 SIGNS, SHAPES = 20_000, 28_000  # training images
@@ -48,20 +47,10 @@ def prepare(signs: int, shapes: int, autoencoder_steps: int, seed: int, work: Pa
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description="Train the embedded Stable Diffusion 3 of signs and shapes.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny_words"), help="folder for the training's state")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5000, help="of transformer and text encoders; a multiple of 50")
-    parser.add_argument("--autoencoder_steps", type=int, default=1300)
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; they divide the batch")
+    description = "Train the embedded Stable Diffusion 3 of signs and shapes."
+    parser = pretraining_parser(description, "runs/tiny_words", 5000, 1300, "transformer and text encoders")
     parser.add_argument("--compiled", action="store_true", help="compile the transformer, which needs a C++ compiler")
-    parser.add_argument("--resume", action="store_true", help="resume from the state in --work")
-    options = parser.parse_args()
-    if not options.resume and options.work.exists() and any(options.work.iterdir()):
-        parser.error(f"--work {options.work} is not empty: give --resume to resume from it, or another folder")
-    options.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(options.workers)
+    options = parsed(parser)
     if not (options.work / "material.safetensors").exists():
         material = prepare(SIGNS, SHAPES, options.autoencoder_steps, options.seed, options.work)
         material.save(options.work / "material.safetensors")

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -33,6 +34,37 @@ class TrainingPlan:
     workers: int
     work: Path  # folder of state, material and autoencoder
     output: Path  # folder of the pipeline
+
+
+def pretraining_parser(description: str, work: str, steps: int, autoencoder_steps: int, what: str) -> ArgumentParser:
+    """Return the command line that both embedded models are trained with.
+
+    Args:
+        description: of the program.
+        work: the default of `--work`.
+        steps: the default of `--steps`.
+        autoencoder_steps: the default of `--autoencoder_steps`.
+        what: the networks that `--steps` train.
+    """
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
+    parser.add_argument("--work", type=Path, default=Path(work), help="folder for the training's state")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=steps, help=f"of {what}; a multiple of {STEPS_A_LOSS}")
+    parser.add_argument("--autoencoder_steps", type=int, default=autoencoder_steps)
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; they divide the batch")
+    parser.add_argument("--resume", action="store_true", help="resume from the state in --work")
+    return parser
+
+
+def parsed(parser: ArgumentParser) -> Namespace:
+    """Parse the command line, and make the folder of the state. A folder in use is refused unless it is resumed."""
+    options = parser.parse_args()
+    if not options.resume and options.work.exists() and any(options.work.iterdir()):
+        parser.error(f"--work {options.work} is not empty: give --resume to resume from it, or another folder")
+    options.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.workers)
+    return options
 
 
 class SharedTraining(ABC):
