@@ -189,7 +189,7 @@ def type_in_words(annotation: Any) -> str:
     if origin is tuple:
         return f"list of {type_in_words(arguments[0])}"
     if origin is dict:
-        return f"table of {type_in_words(arguments[1])}"
+        return "table" if arguments[1] not in TYPES else f"table of {type_in_words(arguments[1])}"
     return TYPES.get(annotation, "table")
 
 
