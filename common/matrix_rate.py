@@ -6,15 +6,18 @@ from collections.abc import Callable
 
 import torch
 
-# Sides of square matrices, until a product takes long enough. Smaller products mostly wait for threads of a busy CPU.
+# Sides of square matrices, until a product takes long enough.
 SIDES = (512, 1024, 2048, 4096, 8192)
 LONG_ENOUGH = 0.003  # seconds: then starting the product no longer counts
-REPEATED = 3  # products of each size, of which the fastest counts
+REPEATED = 5  # products of each size, of which the fastest counts
 
 
 @functools.cache
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Return the operations a second of a large matrix product in `dtype`, as this process computes it.
+    """Return the operations a second of large matrix products in `dtype`: of the GPU, or of all threads of this process.
+
+    On a CPU one thread is measured. Several would wait for each other while processes that start keep the cores busy,
+    and the rate would be several times too low.
 
     Call this after `settle`, which decides about TF32, threads and cuBLAS's workspace. No random state is used.
     """
@@ -29,11 +32,16 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
         matrix = torch.arange(side * side, device=device, dtype=torch.float32).sin().view(side, side).to(dtype)
         return lambda: matrix @ matrix
 
+    threads = torch.get_num_threads()
     with torch.no_grad():
+        if not is_cuda:
+            torch.set_num_threads(1)
         rate = fastest_rate(product, wait, time.perf_counter)
+        torch.set_num_threads(threads)
     if is_cuda:
         torch.cuda.empty_cache()  # so that the memory that is free afterwards is what it was
-    return rate
+        return rate
+    return threads * rate
 
 
 def fastest_rate(

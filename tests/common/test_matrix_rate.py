@@ -1,5 +1,6 @@
 """The rate of matrix products: from a clock by hand, and on this machine without a trace in the random states."""
 
+import pytest
 import torch
 
 from ray_ddpo.common.matrix_rate import fastest_rate, matrix_rate
@@ -42,3 +43,13 @@ def test_measuring_uses_no_random_state() -> None:
     rate = matrix_rate.__wrapped__("cpu", torch.float32)
     assert torch.equal(before, torch.random.get_rng_state())
     assert 1e8 < rate < 1e14
+
+
+def test_of_a_cpu_one_thread_is_measured_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("ray_ddpo.common.matrix_rate.fastest_rate", lambda *_: 10.0 * torch.get_num_threads())
+    try:
+        torch.set_num_threads(3)
+        assert matrix_rate.__wrapped__("cpu", torch.float32) == 3 * 10.0 and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
