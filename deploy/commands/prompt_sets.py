@@ -30,6 +30,8 @@ def fetch_set(name: str, output: Path) -> Iterator[str]:
     Raises:
         ValueError: there is no such set, its files are there already, or a file cannot be had or is another one.
     """
+    if name in get_args(SetName):
+        raise ValueError(f'{name!r} ships, so there is nothing to fetch: [prompts] name = "set", set = "{name}"')
     if name not in PUBLISHED:
         raise ValueError(f"{name!r} is no published set of prompts: there are {list(PUBLISHED)}")
     targets = {split: output / f"{name}_{split}.jsonl" for split in PUBLISHED[name].files}

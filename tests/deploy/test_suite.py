@@ -126,6 +126,12 @@ def test_a_suite_compares_weights_by_category(
     assert page.count("<img") == 2 * 6 and not re.search(r"(src|href)=\"https?:", page)
     assert cli.main([*words, "--output", str(output)]) == 2
     assert "has the result of an earlier evaluation" in capsys.readouterr().err
+    # The small model draws no shapes: where all weights are equal, none is the best.
+    alike = ["--scorers", '[{ name = "geneval", detector = "shapes", measure = "strict" }]']
+    assert cli.main([*words, *alike, "--output", str(tmp_path / "alike")]) == 0
+    assert json.loads((tmp_path / "alike" / "suite.json").read_text())["scores"]["geneval"]["best"] == {}
+    page = (tmp_path / "alike" / "suite.html").read_text()
+    assert 'class="number best"' not in page and page.count("change") >= 3
     only = [
         "--scorers",
         '[{ name = "entropy" }]',
@@ -150,6 +156,10 @@ def test_a_suite_compares_weights_by_category(
         ),
         (["--suite", "words", "--scorers", "[{"], "which is no list of tables in TOML"),
         (["--suite", "words", "--scorers", "3"], "it must be a list of tables"),
+        (
+            ["--suite", "words", "--scorers", '[{ name = "ocr" }, { name = "ocr", measure = "strict" }]'],
+            "--scorers are called ['ocr', 'ocr']: give a label to those of one name",
+        ),
         (["--scorers", "[]"], "--scorers is for a suite"),
         (["--suite", "words"], "the pretrained model alone needs --recipe"),
     ],

@@ -93,7 +93,11 @@ def scorer_tables(text: str) -> list[RewardTable]:
         raise ValueError(f"--scorers is {text!r}, which is no list of tables in TOML: {error}") from None
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise ValueError(f"""--scorers is {text!r}: it must be a list of tables, such as '[{{ name = "ocr" }}]'""")
-    return [checked(table) for table in tables]
+    found = [checked(table) for table in tables]
+    names = [table.called for table in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--scorers are called {names}: give a label to those of one name")
+    return found
 
 
 def checked(table: dict[str, Any]) -> RewardTable:
@@ -128,8 +132,8 @@ def _scores(result: EvalResult, scorer: str) -> Float[np.ndarray, "N"]:
 
 def _means(suite: Suite, result: EvalResult, scores: np.ndarray) -> tuple[CategoryMean, dict[str, CategoryMean]]:
     categories = [category(prompt) for prompt in result.prompts]
-    texts = [prompt.text for prompt in result.prompts]
-    return category_means(categories, texts, scores, suite.mean_of_categories)
+    keys = [prompt.key for prompt in result.prompts]
+    return category_means(categories, keys, scores, suite.mean_of_categories)
 
 
 def scores_as_json(suite: Suite, found: dict[str, EvalResult], scorer: str, against: str) -> dict[str, Any]:
