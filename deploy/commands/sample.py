@@ -9,7 +9,7 @@ from ray_ddpo.actors.evaluation.eval_set import decoded
 from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.diffusion.prompt_lengths import print_cut_prompts
 from ray_ddpo.common.diffusion.rollout import evaluation_window, inputs_of, sample_trajectories
-from ray_ddpo.common.input_images import with_inputs
+from ray_ddpo.common.input_images import check_inputs, with_inputs
 from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.run_storage.run_folder import weights_here
@@ -72,10 +72,13 @@ def _edited(policy: Policy, texts: Sequence[str], files: dict[str, str]) -> list
     """Return the prompts with their input images. Raise ValueError if the family reads others than are given."""
     if sorted(files) != sorted(policy.reads_inputs):
         reads = " and ".join(f"--{name}" for name in policy.reads_inputs) or "neither --image nor --mask"
-        given = " and ".join(f"--{name}" for name in files) or "none of them"
-        raise ValueError(f"{type(policy).__name__} takes {reads}, and {given} is given")
-    columns = {name: name for name in files}
-    return [Prompt(text, with_inputs(dict(files), columns, Path()) if files else {}) for text in texts]
+        given = "".join(f" --{name}" for name in files) or " none of them"
+        raise ValueError(f"{type(policy).__name__} takes {reads}, and was given{given}")
+    if not files:
+        return [Prompt(text) for text in texts]
+    metadata = with_inputs(dict(files), {name: name for name in files}, Path())
+    check_inputs([metadata], " and ".join(f"--{name}" for name in files))
+    return [Prompt(text, metadata) for text in texts]
 
 
 def _file_name(prompt: str) -> str:

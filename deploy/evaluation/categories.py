@@ -43,8 +43,8 @@ def means_by_category(prompts: Sequence[Prompt], scores: Float[np.ndarray, "N"])
     """Return the mean of each category, in order of appearance. It is empty if no prompt has a category."""
     if not any(CATEGORY in prompt.metadata for prompt in prompts):
         return {}
-    names, texts = [category(prompt) for prompt in prompts], [prompt.text for prompt in prompts]
-    return {name: found.mean for name, found in category_means(names, texts, scores, False)[1].items()}
+    names, keys = [category(prompt) for prompt in prompts], [prompt.key for prompt in prompts]
+    return {name: found.mean for name, found in category_means(names, keys, scores, False)[1].items()}
 
 
 def category_means(
@@ -57,7 +57,7 @@ def category_means(
 
     Args:
         categories: of each image.
-        prompts: of each image.
+        prompts: of each image, as their keys.
         scores: of each image; NaN if it has none.
         mean_of_categories: the suite's mean is that of its categories; else that of its prompts.
     """

@@ -175,7 +175,7 @@ class EvalRunner:
         variants = self._collected(pending)
         current = variants["current"]
         rows = [row for row in range(len(current.seeds)) if row not in current.without_image]
-        summary = image_summary(current.pixels[rows], [self._eval_set.prompts[row].text for row in rows])
+        summary = image_summary(current.pixels[rows], [self._eval_set.prompts[row].key for row in rows])
         base = self._judged[0] if self._judged else None
         judged, entry = judge(
             self._components.recipe, pending.version, variants, summary, base, self._components.reward_range

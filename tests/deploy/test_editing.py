@@ -10,11 +10,14 @@ from PIL import Image
 
 from ray_ddpo import cli, train
 from ray_ddpo.common.input_images import read_inputs
+from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.model_card.card import loading
+from ray_ddpo.deploy.commands.report.scores import training_table
 from ray_ddpo.deploy.driver.components import build_components, components_of
+from ray_ddpo.deploy.evaluation.categories import means_by_category
 from ray_ddpo.handed_over import stored_rows
 from ray_ddpo.train import run_training
 from tests.accepted_page import assert_refused
@@ -85,11 +88,20 @@ def test_sample_takes_the_file_that_each_prompt_edits(run: Path, tmp_path: Path)
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
-def test_sample_refuses_other_images_than_the_family_reads(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_refuses_other_images_than_the_family_reads(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["sample", "--lora", str(run), "a cat"]) == 2
-    assert "FluxKontextPolicy takes --image, and none of them is given" in capsys.readouterr().err
+    assert "FluxKontextPolicy takes --image, and was given none of them" in capsys.readouterr().err
     assert cli.main(["sample", "--lora", str(run), "--image", "/no/such.png", "a cat"]) == 2
     assert "there is no image '/no/such.png'" in capsys.readouterr().err
+    inputs = run.parents[1] / "inputs"
+    both = ["--image", str(inputs / "0.png"), "--mask", str(inputs / "0_mask.png")]
+    assert cli.main(["sample", "--lora", str(run), *both, "a cat"]) == 2
+    assert "takes --image, and was given --image --mask" in capsys.readouterr().err
+    Image.new("I;16", (16, 16), 1000).save(tmp_path / "deep.png")
+    assert cli.main(["sample", "--lora", str(run), "--image", str(tmp_path / "deep.png"), "a cat"]) == 2
+    assert "ddpo sample: --image: the image" in capsys.readouterr().err
 
 
 def test_evaluate_and_report_show_the_input_images(run: Path, tmp_path: Path) -> None:
@@ -100,6 +112,17 @@ def test_evaluate_and_report_show_the_input_images(run: Path, tmp_path: Path) ->
     page = (run / "report" / "report.html").read_text()
     assert page.count('class="input"') >= 4 and "Left of each pair is the input image that both edit" in page
     assert (run / "report" / "before_after.png").exists()
+
+
+def test_tables_and_categories_tell_images_of_one_text_apart(run: Path) -> None:
+    recipe = Recipe.load(str(run / "recipe.toml"))
+    table = training_table(Ledger(RunFolder(str(run)).storage, recipe.rollouts), "reward")
+    names = {row.prompt for row in table.rows} if table else set()
+    assert any(name.startswith("make it red [") for name in names) and "make it red" not in names
+    # Two images of one text: 2 images of the one and 1 of the other count as two prompts of equal weight.
+    about = [{"tag": "color", "image": name, "image_sha256": name * 64} for name in "aab"]
+    means = means_by_category([Prompt("make it red", each) for each in about], np.array([1.0, 1.0, 0.0]))
+    assert means == {"color": 0.5}
 
 
 def test_a_stopped_run_resumes_to_the_same_bits_and_refuses_other_images(tables: dict, tmp_path: Path) -> None:

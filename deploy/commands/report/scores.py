@@ -1,11 +1,13 @@
 """Scores of the held-out images before and after: by reward and scorer with paired standard errors, and by prompt."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
+from ray_ddpo.common.input_images import content_key
 from ray_ddpo.common.metrics.statistics import in_errors, paired_error
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.ledger import Ledger
@@ -164,12 +166,15 @@ def training_table(ledger: Ledger, score: str) -> PromptTable | None:
 
 def _trained_on(ledger: Ledger, rounds: list[int], score: str) -> Iterable[tuple[str, float]]:
     """Yield prompt and score of every image of these rounds that was not dropped."""
-    names = ["prompt", "dropped", score if score == WEIGHTED_SUM else f"reward/{score}"]
+    name = score if score == WEIGHTED_SUM else f"reward/{score}"
     for round_index in rounds:
         table = ledger.read(round_index, ("prompt", "reward"))
-        for prompt, reason, reward in zip(*(table[name].to_pylist() for name in names), strict=True):
+        has_metadata = "metadata" in table.column_names
+        metadata = table["metadata"].to_pylist() if has_metadata else [None] * len(table)
+        columns = (table["prompt"].to_pylist(), metadata, table["dropped"].to_pylist(), table[name].to_pylist())
+        for text, about, reason, reward in zip(*columns, strict=True):
             if reason is None:
-                yield prompt, reward
+                yield content_key(text, json.loads(about or "{}")), reward
 
 
 def _heading(rounds: list[int]) -> str:
