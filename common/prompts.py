@@ -279,7 +279,7 @@ class File(PromptList):
 
     def needs(self) -> tuple[Weights, ...]:
         files = {"prompts.path": self.path, "prompts.held_out_path": self.held_out_path}
-        paths = {key: Path(file).expanduser().absolute() for key, file in files.items() if file is not None}
+        paths = {key: Path(os.path.expanduser(file)).absolute() for key, file in files.items() if file is not None}
         return tuple(Weights(str(path.parent), (path.name,), key) for key, path in paths.items())
 
     @property

@@ -50,7 +50,7 @@ class NotPushed(Exception):
 def base_model(recipe: Recipe) -> str | None:
     """Return the hub's name of the base model; None if the model is not on the hub."""
     model = recipe.policy.table().get("model", "")
-    on_the_hub = is_hub_name(model) and model not in EMBEDDED_MODELS and not Path(model).expanduser().exists()
+    on_the_hub = is_hub_name(model) and model not in EMBEDDED_MODELS and not Path(os.path.expanduser(model)).exists()
     return recipe.push.base_model or (model if on_the_hub else None)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -188,7 +189,7 @@ def _stored_row(where: str, row: Mapping[str, Any], place: Path) -> str:
     for name in (IMAGE, MASK):
         value = row.get(name)
         if isinstance(value, str | Path):
-            stored[name] = str(Path(value).expanduser().absolute())
+            stored[name] = str(Path(os.path.expanduser(value)).absolute())
         elif name in row:
             stored[name] = _saved_image(f"{where}, {name}", value, place)
     try:

@@ -1,6 +1,7 @@
 """The interface of every model family: encode prompts, give the distribution of a step, decode images."""
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -345,7 +346,7 @@ class PolicyConfig(Component, ABC):
 
     def files_of(self, role: Role) -> tuple[Weights, ...]:
         """Return the files that a role's `load` reads, to be fingerprinted. Defaults to all files below `model`."""
-        path = Path(self.model).expanduser()
+        path = Path(os.path.expanduser(self.model))
         if self.needs() or not path.exists():
             return self.needs()
         if path.is_file():

@@ -1,5 +1,6 @@
 """Read weights from .safetensors or torch.save files. Only tensors and plain containers are unpickled."""
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ def read_weight_file(path: str | Path, what: str, torch_suffix: str = ".pth") ->
     Raises:
         ValueError: The file, called `what` in the message, is missing or cannot be read safely.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise ValueError(f"{what} {path} is not there: give the path of its weights, .safetensors or {torch_suffix}")
     try:

@@ -1,5 +1,6 @@
 """Read a model from this machine or from the hub, and say soon what is missing if there is no network."""
 
+import os
 import ssl
 import urllib.error
 import urllib.request
@@ -59,7 +60,7 @@ def read_pretrained(source: str, read: Callable[[str | Path, bool], T], missing:
 
     If that is not possible, raise ValueError, which begins with `missing`.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     with errors_only():  # hide warnings about unneeded weights, such as another task's head
         if not folder.is_dir() and is_hub_name(source):
             return read_from_hub(lambda local_files_only: read(source, local_files_only), missing, source)
@@ -119,7 +120,7 @@ def file_of(path: str | None, repository: str, file: str, key: str) -> Weights:
     """Return the user's own file at `path` or, if that is None, the repository's. The recipe's key for it is `key`."""
     if path is None:
         return Weights(repository, (file,), key)
-    full_path = Path(path).expanduser().absolute()
+    full_path = Path(os.path.expanduser(path)).absolute()
     return Weights(str(full_path.parent), (full_path.name,), key)
 
 
@@ -151,7 +152,7 @@ def files_here(weights: Weights) -> dict[str, Path]:
 
 def folder_here(weights: Weights) -> Path | None:
     """Return the folder on this machine with the files: the given folder, or a repository's download."""
-    folder = Path(weights.source).expanduser()
+    folder = Path(os.path.expanduser(weights.source))
     if folder.is_dir() or not is_hub_name(weights.source):
         return folder
     from huggingface_hub import try_to_load_from_cache

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ray_ddpo.common.image_models.weight_file import named_weights
+from ray_ddpo.common.diffusion.lora.files import files_of_lora
+from ray_ddpo.common.image_models.weight_file import named_weights, read_weight_file
+from ray_ddpo.common.model_files.model_hub import file_of, missing_files
 
 WEIGHTS = {"weight": torch.tensor([1.0, 2.0])}
 
@@ -42,3 +44,11 @@ def test_what_is_not_there_or_holds_no_named_weights_is_said(tmp_path: Path) -> 
     torch.save({"state_dict": {"weight": 1}}, tmp_path / "number.pth")
     with pytest.raises(ValueError, match="holds dict: it must hold named weights"):
         named_weights(tmp_path / "number.pth", "the head")
+
+
+def test_a_home_of_no_user_is_a_file_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="the head ~no_user_of_this_name/head.pth is not there"):
+        read_weight_file("~no_user_of_this_name/head.pth", "the head")
+    with pytest.raises(ValueError, match="policy.lora.path is '~no_user_of_this_name/lora': .* is no run with a LoRA"):
+        files_of_lora("~no_user_of_this_name/lora")
+    assert missing_files(file_of("~no_user_of_this_name/head.pth", "", "", "reward.head")) == ["head.pth"]

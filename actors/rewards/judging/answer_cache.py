@@ -1,6 +1,7 @@
 """AnswerCache: remember a model's answers by image, question and model; in memory, or in a file that runs share."""
 
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ class AnswerCache:
         self._size = size
         self._folder = folder
         self._lock = threading.Lock()
-        path = Path(folder).expanduser() if folder else None
+        path = Path(os.path.expanduser(folder)) if folder else None
         try:
             if path:
                 path.mkdir(parents=True, exist_ok=True)

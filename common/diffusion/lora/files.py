@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,7 +120,7 @@ def save_with_header(tensors: dict[str, Tensor], path: Path, header: dict[str, s
 def files_of_lora(path: str) -> Weights:
     """Return the files at `policy.lora.path`, to be fingerprinted. Raise ValueError if there are none."""
     try:
-        file = lora_file(Path(path).expanduser())
+        file = lora_file(Path(os.path.expanduser(path)))
     except ValueError as error:
         raise ValueError(f"policy.lora.path is {path!r}: {error}") from error
     beside = (PEFT_CONFIG,) if (file.parent / PEFT_CONFIG).is_file() else ()

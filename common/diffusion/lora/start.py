@@ -1,5 +1,6 @@
 """Make a network trainable: attach new adapters, or those in the LoRA file that `policy.lora.path` names."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def start_from_file(network: nn.Module, lora: LoraSettings) -> None:
     """
     assert lora.path is not None, "whoever asks for this names a file"
     try:
-        file = read_lora_file(Path(lora.path).expanduser())
+        file = read_lora_file(Path(os.path.expanduser(lora.path)))
         if file.is_ours:
             attach(network, file.own_settings)
             if not next(network.parameters()).is_meta:

@@ -37,7 +37,7 @@ def cached_sizes(key: str, count: Callable[[], PolicySizes]) -> PolicySizes:
     """
     if not _enabled.get():
         return count()
-    folder = Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/ray_ddpo").expanduser()
+    folder = Path(os.path.expanduser(os.environ.get(FOLDER_VARIABLE) or "~/.cache/ray_ddpo"))
     path = folder / "sizes" / f"{_digest(key)}.json"
     with suppress(OSError, ValidationError):  # a missing or damaged file is written again
         return SIZES.validate_json(path.read_bytes())

@@ -214,7 +214,7 @@ def weights_findings(subject: str, name: str, needs: tuple[Weights, ...]) -> lis
 
 def _lack(subject: str, name: str, weights: Weights, missing: list[str]) -> Finding:
     """Report missing files, with how to get them."""
-    if not is_hub_name(weights.source) or Path(weights.source).expanduser().is_dir():
+    if not is_hub_name(weights.source) or Path(os.path.expanduser(weights.source)).is_dir():
         found = f"{name} needs {', '.join(missing)} in {weights.source}, and they are not there"
         return Finding("fault", subject, found, f"copy them there, or set {weights.key}")
     found = f"{name} needs {', '.join(missing)} of the hub's {weights.source}, not downloaded so far"

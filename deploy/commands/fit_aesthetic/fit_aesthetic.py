@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def fit_aesthetic(options: argparse.Namespace) -> str:
         ValueError: a number is too small, or output, table, images, CLIP or shares of the split cannot be used.
     """
     _check(options)
-    table, output = Path(options.table).expanduser(), Path(options.output).expanduser()
+    table, output = Path(os.path.expanduser(options.table)), Path(os.path.expanduser(options.output))
     device = settle(RuntimeTable(device=options.device, threads=options.threads))
     images = read_table(table, options.format)
     test_list = Path(options.split_file) if options.split_file else None
@@ -91,8 +92,8 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("epochs", "batch_size", "embedding_batch_size", "threads"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be 1 or more")
-    if not Path(options.images).expanduser().is_dir():
-        raise ValueError(f"the folder of images {Path(options.images).expanduser()} is not there")
+    if not Path(os.path.expanduser(options.images)).is_dir():
+        raise ValueError(f"the folder of images {Path(os.path.expanduser(options.images))} is not there")
 
 
 def _write_results(storage: Storage, columns: dict[str, Any], stats: dict[str, Any]) -> None:
@@ -113,7 +114,7 @@ def _embed(
     """Embed the images, and list the broken ones in a file. Return the store, and the reason of each broken image."""
     embedder, clip = _load_clip(options, device)
     store = EmbeddingStore.open(storage.folder("embeddings"), clip)
-    broken = embed_images_of(Path(options.images).expanduser(), paths, embedder, store)
+    broken = embed_images_of(Path(os.path.expanduser(options.images)), paths, embedder, store)
     listed = io.StringIO()
     csv.writer(listed, lineterminator="\n").writerows([("path", "reason"), *broken.items()])
     storage.write(BROKEN, listed.getvalue().encode())
@@ -127,7 +128,7 @@ def _load_clip(options: argparse.Namespace, device: str) -> tuple[Embedder, Clip
 
     dtype = options.dtype if options.dtype != "auto" else "float16" if device == "cuda" else "float32"
     embed, dimension = load_embedder(options.clip, device, DTYPES[dtype])
-    name, folder = options.clip, Path(options.clip).expanduser()
+    name, folder = options.clip, Path(os.path.expanduser(options.clip))
     if folder.is_dir():
         name = str(folder.absolute())
     else:
