@@ -10,7 +10,7 @@ QUICK := not system and not thorough and not same_bits and not parity and not co
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo demo-words test test-all-cases test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study short-study three-steps animal-reward guard held-out window saved-calls step-counts overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check configuration pretrain pretrain-words site verification clean
+.PHONY: demo demo-words test test-all-cases test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study short-study edit-grey three-steps animal-reward guard held-out window saved-calls step-counts overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check configuration pretrain pretrain-words site verification clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -140,6 +140,10 @@ algorithm-study: $(VENV)/installed
 short-study: $(VENV)/installed
 	$(BIN)/python -m benchmarks.short_study --run
 	$(BIN)/python -m benchmarks.short_study --chart
+
+edit-grey: $(VENV)/installed
+	rm -rf runs/edit-grey
+	$(BIN)/python -m benchmarks.edit_grey
 
 three-steps: $(VENV)/installed
 	rm -rf runs/three-steps
