@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from ray_ddpo.common.clips import Pixels, posters
 from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.schedule import Task
@@ -129,14 +130,15 @@ def _from_wire(conditioning: dict[str, Wire], light: list[Wire], heavy: list[Wir
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """A task's images on their way to the reward worker."""
+    """A task's images, or its clips of F frames, on their way to the reward worker."""
 
-    pixels: UInt8[np.ndarray, "B H W 3"]
+    pixels: Pixels
     prompts: tuple[Prompt, ...]
+    frame_rate: float | None = None  # of clips, in frames a second
 
 
-def image_fingerprints(pixels: UInt8[np.ndarray, "B H W 3"]) -> tuple[str, ...]:
-    """Return the SHA-256 of each image's pixels."""
+def image_fingerprints(pixels: Pixels) -> tuple[str, ...]:
+    """Return the SHA-256 of each image's pixels, or of all frames of each clip."""
     return tuple(hashlib.sha256(np.ascontiguousarray(image).data).hexdigest() for image in pixels)
 
 
@@ -202,10 +204,10 @@ class Rollout:
 THUMBNAIL_EDGE = 16  # pixels: images are compared by composition and color, not by texture
 
 
-def thumbnails(pixels: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B E E 3"]:
-    """Reduce images to 16 × 16 pixels, each the mean of its area."""
-    size = (THUMBNAIL_EDGE, THUMBNAIL_EDGE)
-    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in pixels])
+def thumbnails(pixels: Pixels) -> UInt8[np.ndarray, "B E E 3"]:
+    """Reduce images, or the posters of clips, to 16 × 16 pixels, each the mean of its area."""
+    size, box = (THUMBNAIL_EDGE, THUMBNAIL_EDGE), Image.Resampling.BOX
+    return np.stack([np.asarray(Image.fromarray(image).resize(size, box)) for image in posters(pixels)])
 
 
 def thumbnail_rows(rollouts: Sequence[Rollout]) -> UInt8[np.ndarray, "N D"]:

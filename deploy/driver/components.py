@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from ray_ddpo.actors.rewards import REWARDS
+from ray_ddpo.actors.rewards.frames import FrameScoring
 from ray_ddpo.actors.rewards.reward import Reward
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.policy import PolicyConfig
@@ -81,6 +82,12 @@ class Components:
     def rewards_of(self, pool: RewardPool) -> dict[str, Reward]:
         """Return the rewards that a pool of reward workers holds."""
         return {name: (self.rewards | self.scorers)[name] for name in pool.rewards}
+
+    @property
+    def frame_scoring(self) -> dict[str, FrameScoring]:
+        """Return how each reward and scorer scores the frames of a clip, by name."""
+        tables = (*self.recipe.all_rewards, *self.recipe.evaluation.scorers)
+        return {table.called: FrameScoring.of(table) for table in tables}
 
     @property
     def reward_range(self) -> RewardRange | None:
