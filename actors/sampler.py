@@ -194,8 +194,8 @@ class Sampler:
                 self._policy.decode(trajectory.final_latents).cpu()
 
     def _decode(
-        self, latents: Float[torch.Tensor, "B C H W"], care: Care, note: Callable[[int], None] | None
-    ) -> tuple[UInt8[np.ndarray, "B H2 W2 3"], set[int]]:
+        self, latents: Float[torch.Tensor, "B C *S"], care: Care, note: Callable[[int], None] | None
+    ) -> tuple[UInt8[np.ndarray, "B *F H2 W2 3"], set[int]]:
         """Decode final latents.
 
         Returns:

@@ -32,12 +32,12 @@ class Trajectory:
     prompt_index: Int[Tensor, "B"]  # each image's prompt among these
     steps: Int[Tensor, "B W"]  # the trained steps
     log_probs: Float[Tensor, "B W"]  # under the sampling policy; mean over latent elements, in nats
-    latents: Float[Tensor, "B W C H W2"]  # before each trained step
-    next_latents: Float[Tensor, "B W C H W2"]  # after it, rounded for storage
-    final_latents: Float[Tensor, "B C H W2"]
+    latents: Float[Tensor, "B W C *S"]  # before each trained step
+    next_latents: Float[Tensor, "B W C *S"]  # after it, rounded for storage
+    final_latents: Float[Tensor, "B C *S"]
     # Where the learner begins again, for gradients of the reward: each image's step, and the latents before it.
     start_steps: Int[Tensor, "B"] | None = None
-    start_latents: Float[Tensor, "B C H W2"] | None = None
+    start_latents: Float[Tensor, "B C *S"] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Serialize as numpy buffers, which Ray ships without a copy. Adjacent steps share one buffer."""
@@ -72,7 +72,7 @@ class Trajectory:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def adjacent_latents(latents: Float[Tensor, "B W1 C H W2"]) -> tuple[Tensor, Tensor]:
+def adjacent_latents(latents: Float[Tensor, "B W1 C *S"]) -> tuple[Tensor, Tensor]:
     """Return the latents before and after each of the W = W1 - 1 steps, as views of `latents`."""
     return latents[:, :-1], latents[:, 1:]
 
@@ -291,14 +291,14 @@ class TransitionBatch:
 
     conditioning: dict[str, Tensor]  # one row per transition
     steps: Int[Tensor, "B"]
-    latents: Float[Tensor, "B C H W"]
-    next_latents: Float[Tensor, "B C H W"]
+    latents: Float[Tensor, "B C *S"]
+    next_latents: Float[Tensor, "B C *S"]
     old_log_probs: Float[Tensor, "B"]
     advantages: Float[Tensor, "B"]
     proximal_log_probs: Float[Tensor, "B"] | None = None  # under the weights at the start of the round's update
-    proximal_means: Float[Tensor, "B C H W"] | None = None  # transition means under those weights
-    behavior_means: Float[Tensor, "B C H W"] | None = None  # transition means under the sampling policy
-    reference_means: Float[Tensor, "B C H W"] | None = None  # transition means under the reference
+    proximal_means: Float[Tensor, "B C *S"] | None = None  # transition means under those weights
+    behavior_means: Float[Tensor, "B C *S"] | None = None  # transition means under the sampling policy
+    reference_means: Float[Tensor, "B C *S"] | None = None  # transition means under the reference
     kl_weights: Float[Tensor, "B"] | None = None  # factors of the KL to the reference; None: all are 1
 
 
@@ -311,11 +311,11 @@ class NoisedBatch:
 
     conditioning: dict[str, Tensor]  # one row per noised sample
     timesteps: Int[Tensor, "B"]  # the model's own
-    clean_latents: Float[Tensor, "B C H W"]
-    noise: Float[Tensor, "B C H W"]
+    clean_latents: Float[Tensor, "B C *S"]
+    noise: Float[Tensor, "B C *S"]
     weights: Float[Tensor, "B"]
-    old_predictions: Float[Tensor, "B C H W"] | None = None  # under the sampling policy
-    reference_predictions: Float[Tensor, "B C H W"] | None = None  # under the pretrained model
+    old_predictions: Float[Tensor, "B C *S"] | None = None  # under the sampling policy
+    reference_predictions: Float[Tensor, "B C *S"] | None = None  # under the pretrained model
     old_errors: Float[Tensor, "B"] | None = None  # mean squared errors of the prediction, under the sampling policy
     reference_errors: Float[Tensor, "B"] | None = None  # the same under the pretrained model
     groups: Int[Tensor, "B"] | None = None  # number of the rows that are compared with each other; None: none are
@@ -333,8 +333,8 @@ class RestartBatch:
 
     conditioning: dict[str, Tensor]  # one row per restart
     starts: tuple[int, ...]  # the first step of each row that is taken again
-    latents: Float[Tensor, "B C H W"]  # before that step
-    noise: dict[int, Float[Tensor, "B C H W"]]  # of each stochastic step from the first start on; others have none
+    latents: Float[Tensor, "B C *S"]  # before that step
+    noise: dict[int, Float[Tensor, "B C *S"]]  # of each stochastic step from the first start on; others have none
     prompts: tuple[str, ...]
     metadata: tuple[dict[str, Any], ...]
     latents_dtype: str = "float32"  # to which the sampler rounded latents after each step

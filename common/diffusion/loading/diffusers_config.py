@@ -52,6 +52,7 @@ class DiffusersConfig(PolicyConfig):
     takes_images: ClassVar[bool] = True
     denoises_unguided: ClassVar[bool] = True
     takes_sampler_storage: ClassVar[bool] = True
+    decodes_one_by_one: ClassVar[bool] = False  # whether a sampler decodes row by row, however many there are
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
     resolution: int | None = Field(default=None, ge=8, le=LARGEST_SIDE, multiple_of=8)
@@ -126,8 +127,8 @@ class DiffusersConfig(PolicyConfig):
         """Return how many channels the network takes, for latents of so many channels."""
         return self.latent_packing * latent_channels
 
-    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
-        """Return C, H, W of one image's latents."""
+    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, ...]:
+        """Return C, H, W of one image's latents, or C, F, H, W of a video's."""
         return network_config["in_channels"], *self.latent_sides(network_config["sample_size"])
 
     def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

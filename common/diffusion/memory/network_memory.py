@@ -43,7 +43,7 @@ class Inputs:
     """Inputs of a call of the network, one row each."""
 
     call: Callable[..., Tensor]  # (network, latents, timesteps, **rows of conditioning) → output
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     conditioning_shapes: dict[str, tuple[int, ...]]
     branches: int  # rows per image
     conditioning_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of inputs that are not floating
@@ -147,7 +147,8 @@ class NetworkMemory:
     def _predict(self, rows: int) -> Tensor:
         """Call the network on synthetic inputs, with guidance if there are two branches."""
         branches = self._inputs.branches
-        latents = torch.empty(rows, *self._inputs.latent_shape, device="meta").repeat(branches, 1, 1, 1)
+        shape = self._inputs.latent_shape
+        latents = torch.empty(rows, *shape, device="meta").repeat(branches, *[1] * len(shape))
         shapes, dtypes = self._inputs.conditioning_shapes, self._inputs.conditioning_dtypes
         rows_of = synthetic_conditioning(shapes, dtypes, rows, "meta", self._dtype)
         conditioning = {name: torch.cat([value] * branches) for name, value in rows_of.items()}
