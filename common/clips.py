@@ -3,6 +3,8 @@
 An array [B, H, W, 3] holds images, an array [B, F, H, W, 3] clips of F frames. Functions on `Pixels` take both.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import UInt8
 
@@ -37,6 +39,11 @@ def equally_distant(num_frames: int, count: int) -> list[int]:
     if count == 1:
         return [num_frames // 2]
     return sorted({round(frame) for frame in np.linspace(0, num_frames - 1, min(count, num_frames)).tolist()})
+
+
+def mosaic(rows: Sequence[UInt8[np.ndarray, "B F H W 3"]]) -> Clip:
+    """Return one clip that shows rows of clips of one size beside and below each other."""
+    return np.concatenate([np.concatenate(list(row), axis=2) for row in rows], axis=1)
 
 
 def some_frames(pixels: Pixels, count: int) -> UInt8[np.ndarray, "M H W 3"]:
