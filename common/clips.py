@@ -41,7 +41,7 @@ def equally_distant(num_frames: int, count: int) -> list[int]:
     return sorted({round(frame) for frame in np.linspace(0, num_frames - 1, min(count, num_frames)).tolist()})
 
 
-def mosaic(rows: Sequence[UInt8[np.ndarray, "B F H W 3"]]) -> Clip:
+def mosaic(rows: Sequence[UInt8[np.ndarray, "B F H W 3"]]) -> UInt8[np.ndarray, "F H2 W2 3"]:
     """Return one clip that shows rows of clips of one size beside and below each other."""
     return np.concatenate([np.concatenate(list(row), axis=2) for row in rows], axis=1)
 

@@ -4,6 +4,7 @@ import io
 from fractions import Fraction
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from ray_ddpo.common.clips import Clip
@@ -15,7 +16,7 @@ MOST_BYTES = 2_000_000  # of a file, as far as the coarsest factor reaches
 LONGEST_RATE = 1000  # denominator of a frame rate in a file
 
 
-def playable(clip: Clip, longest_edge: int | None = None) -> Clip:
+def playable(clip: Clip, longest_edge: int | None = None) -> UInt8[np.ndarray, "F H2 W2 3"]:
     """Return the clip with sides that a file can have.
 
     A small clip is enlarged so that players show its pixels. Sides become even, as H.264 stores color, by repeating the

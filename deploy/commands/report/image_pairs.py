@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from ray_ddpo.common.clips import ImageOrClip, Pixels, are_clips, poster
-from ray_ddpo.common.video_files import mp4
+from ray_ddpo.common.clips import ImageOrClip, Pixels, are_clips, is_clip, poster
+from ray_ddpo.common.video_files import mp4, playable
 from ray_ddpo.deploy.commands.report.images import lettering, shown_input
 from ray_ddpo.deploy.evaluation.eval_result import EvalComparison
 
@@ -67,8 +67,9 @@ def are_reduced(images: Pixels) -> bool:
 
 
 def data_uri(pixels: ImageOrClip) -> str:
-    """Encode an image, or a clip's poster, as a data URI: PNG if it is small, else WebP."""
-    image, buffer = Image.fromarray(poster(pixels)), io.BytesIO()
+    """Encode an image, or a clip's poster in the size of its file, as a data URI: PNG if it is small, else WebP."""
+    shown = poster(playable(pixels, EDGE)) if is_clip(pixels) else pixels
+    image, buffer = Image.fromarray(shown), io.BytesIO()
     if max(image.size) <= LOSSLESS_EDGE:
         image.save(buffer, "PNG", optimize=True)
         kind = "png"
