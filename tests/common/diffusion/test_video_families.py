@@ -10,6 +10,7 @@ import torch
 
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.lora.adapters import read_weights
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories, score
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -88,7 +89,8 @@ def test_in_half_precision_sampler_and_learner_keep_the_weights_that_diffusers_k
         held = (*policy.network.named_parameters(), *policy.network.named_buffers())
         found = {name.replace(".base_layer", ""): value.dtype for name, value in held if "lora_" not in name}
         assert found == expected
-        scatter(policy.network)
+    scatter(learner.network)
+    sampler.load_weights(read_weights(learner.network, 1))
     trajectory = sample_trajectories(sampler, PROMPTS, SEEDS, SAMPLING)
     assert torch.equal(score(learner, trajectory), trajectory.log_probs)
 
