@@ -59,7 +59,7 @@ class DiffusersPolicy(Policy):
         self.device = device
         self.dtype = config.dtype_of(role)
         on_host = loads_on_host()
-        memory_format = network_format("cpu" if on_host else device, config.is_compiled(role))
+        memory_format = network_format("cpu" if on_host else device, config.is_compiled(role), config.has_frames)
         placed = {"device": "cpu" if on_host else device, "memory_format": memory_format}
         network: Any = getattr(pipeline, config.network_name)
         self.network: Any = (network if has_unread() else network.to(**placed)).eval()

@@ -43,7 +43,7 @@ class VideoConfig(DiffusersConfig):
     takes_sde: ClassVar[bool] = True
     network_name: ClassVar[str] = "transformer"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
-    decodes_one_by_one: ClassVar[bool] = True
+    has_frames: ClassVar[bool] = True
     own_size: ClassVar[tuple[int, int]]  # height and width of the pipeline's own videos in pixels
 
     num_frames: int = Field(default=81, ge=1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_ddpo.common.diffusion.loading.model_index import read_object, text_tower
+from ray_ddpo.common.diffusion.loading.video_keys import WAN_PIPELINES, wan_faults
 from ray_ddpo.common.diffusion.schedulers.conversion import as_loaded, check_scheduler, is_number
 from ray_ddpo.common.recipe.tables import SamplingTable
 
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 Components = Mapping[str, Mapping[str, Any]]  # part name → its keys; model_index.json's are under INDEX
 INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
-NORMALIZED_PIPELINES = ("QwenImagePipeline", "WanPipeline")  # of latents with mean and deviation of each channel
+NORMALIZED_PIPELINES = ("QwenImagePipeline", *WAN_PIPELINES)  # of latents with mean and deviation of each channel
 FLUX_PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
 SHIFTED_PIPELINES = ("StableDiffusion3Pipeline", "ZImagePipeline", *FLUX_PIPELINES)  # of latents with a shift_factor
 BATCH_NORMALIZED = ("Flux2Pipeline", "Flux2KleinPipeline")  # by the statistics of the decoder's batch norm
 # Of networks that may predict variances too, in further channels.
 VARIANCE_PIPELINES = ("SanaPipeline", "PixArtSigmaPipeline")
-SOLVER_PIPELINES = ("SanaPipeline", "WanPipeline")  # of flows whose scheduler may be a solver
+SOLVER_PIPELINES = ("SanaPipeline", *WAN_PIPELINES)  # of flows whose scheduler may be a solver
 FLOW_PIPELINES = (*SHIFTED_PIPELINES, *NORMALIZED_PIPELINES, *BATCH_NORMALIZED, "SanaPipeline")
 INPAINTING = "StableDiffusionInpaintPipeline"  # its network reads the mask and the masked image's latents as well
 DDIM_PIPELINES = ("StableDiffusionPipeline", INPAINTING, "StableDiffusionXLPipeline", "PixArtSigmaPipeline")
@@ -91,6 +92,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("vae", "in_channels", (None, 3), COLORS),
     ),
     "QwenImagePipeline": (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),),
+    "WanPipeline": (
+        *(Rule("transformer", key, (None,), IMAGES) for key in ("image_dim", "added_kv_proj_dim")),
+        Rule(INDEX, "boundary_ratio", (None,), "a model with two networks is trained by wan22"),
+        Rule(INDEX, "expand_timesteps", (None, False), "its network has a timestep for each of its tokens"),
+    ),
     "Flux2KleinPipeline": (Rule("transformer", "guidance_embeds", (False,), GUIDANCE_INPUT),),
     "ZImagePipeline": (Rule("transformer", "siglip_feat_dim", (None,), IMAGES),),
     **dict.fromkeys(
@@ -186,6 +192,8 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
             )
     if "vae" in parts:
         yield from _decoder_faults(config, parts)
+    if config.pipeline_class in WAN_PIPELINES:
+        yield from wan_faults(parts.get("vae", {}), parts.get("transformer", {}))
     yield from _sample_size_faults(_file(config.network_name), parts.get(config.network_name, {}))
     if "vae" in parts and config.network_name in parts:
         yield from _channel_faults(config, parts)

@@ -69,6 +69,7 @@ FLOW_ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {  # the same for FLOW_SO
     "prediction_type": (("flow_prediction",), 'it must be "flow_prediction"'),
     **dict.fromkeys(SPACINGS, (OFF, "its noise levels are not those of use_flow_sigmas; set it to false")),
     **{key: ALLOWED[key] for key in ("variance_type", "thresholding")},
+    "predict_x0": ((True,), "diffusers takes no such steps of a flow; set it to true"),
 }
 
 
