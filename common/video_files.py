@@ -10,7 +10,7 @@ from PIL import Image
 from ray_ddpo.common.clips import Clip
 
 PACKAGE = "av"  # whose wheels bring FFmpeg with x264
-SHOWN_EDGE = 128  # pixels; clips with a smaller longest edge are enlarged by a whole factor
+SHOWN_EDGE = 128  # pixels; clips with a smaller longest edge are enlarged by an integer factor
 FACTORS = (18, 24, 30, 36, 42, 51)  # x264's constant rate factor: higher ones make smaller and coarser files
 MOST_BYTES = 2_000_000  # of a file, as far as the coarsest factor reaches
 LONGEST_RATE = 1000  # denominator of a frame rate in a file
@@ -79,7 +79,7 @@ def frames_of(data: bytes) -> Clip:
     """Return the frames of an mp4 file of this module, as `playable` made them and H.264 keeps them."""
     import av
 
-    with av.open(io.BytesIO(data)) as file:
+    with av.open(io.BytesIO(data), "r") as file:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 
 

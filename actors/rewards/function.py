@@ -18,7 +18,7 @@ class FunctionReward(Reward):
     """Function of your own, called with (images uint8 [B, H, W, 3], prompts, metadata); it returns scores [B].
 
     If it has a parameter `inputs`, it gets the prompts' input images, at the images' size. If its first parameter is
-    called `clips`, it gets whole clips of a video family, uint8 [B, F, H, W, 3].
+    called `clips`, it gets complete clips of a video family, uint8 [B, F, H, W, 3].
     A function that no module holds, such as a lambda, is handed over by `FunctionReward.of` and travels by value.
     """
 

@@ -30,7 +30,7 @@ class Http(Reward):
     images_per_request: int | None = Field(default=None, ge=1)
     """Images, or clips, per request. By default the whole scoring batch."""
     clips: bool = False
-    """Send whole clips of a video family, whose frames follow each other. By default each frame is scored as an image."""
+    """Send complete clips of a video family, whose frames follow each other. By default each frame is scored as an image."""
     independent: bool = False
     """Promise that an image's score has the same bits in any request. Scores can then be cached."""
 

@@ -47,7 +47,7 @@ class Reward(Component, ABC):
 
     @property
     def takes_clips(self) -> bool:
-        """True if `load` returns a function of whole clips, uint8 [B F H W 3]. Others get the frames as images."""
+        """True if `load` returns a function of complete clips, uint8 [B F H W 3]. Others get the frames as images."""
         return False
 
     @property

@@ -62,6 +62,6 @@ def _check_reward(table: RewardTable, reward: Reward, made: str, frames: int) ->
     if not frames:
         raise ValueError(f"{key} of {called} is {value!r}, and {made}, which have no frames: leave the key out")
     if reward.takes_clips:
-        raise ValueError(f"{key} of {called} is {value!r}, and it scores whole clips: leave the key out")
+        raise ValueError(f"{key} of {called} is {value!r}, and it scores complete clips: leave the key out")
     if (table.scored_frames or 0) > frames:
         raise ValueError(f"scored_frames of {called} is {table.scored_frames}, and {made}: give fewer, or leave it out")

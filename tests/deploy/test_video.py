@@ -165,7 +165,7 @@ def test_a_family_of_images_refuses_what_is_of_clips(changes: dict, what: str, t
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"reward": {"name": "motion", "frames": "last"}}, "a key on frames, and a reward of whole clips"),
+        ({"reward": {"name": "motion", "frames": "last"}}, "a key on frames, and a reward of complete clips"),
         ({"reward": {"name": "brightness", "scored_frames": 6}}, "more scored frames than a clip has"),
         (
             {"reward": {"name": "brightness"}, "algorithm": {"name": "draft"}},
