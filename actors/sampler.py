@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 
 from ray_ddpo.actors.task_care import PLAIN, Care
 from ray_ddpo.common.base_parts import Base, entry_base
-from ray_ddpo.common.clips import are_clips
+from ray_ddpo.common.clips import Pixels, are_clips
 from ray_ddpo.common.diffusion.execution import compile_sampling, set_up_execution
 from ray_ddpo.common.diffusion.given_trajectories import given_trajectories
 from ray_ddpo.common.diffusion.path_kl import PathKL, refuse_without_adapters
@@ -143,8 +143,11 @@ class Sampler:
             path_kl.nats() if path_kl else (),
             tuple(each.tobytes() for each in thumbnails(pixels)) if task.trains and self._sampling.thumbnails else (),
         )
-        frame_rate = self._policy.frame_rate if are_clips(pixels) else None
-        return report, trajectory if task.trains else None, ImageBatch(pixels, task.prompts, frame_rate)
+        return report, trajectory if task.trains else None, self._batch(pixels, task)
+
+    def _batch(self, pixels: Pixels, task: Task) -> ImageBatch:
+        """Return the images, or the clips with their frame rate."""
+        return ImageBatch(pixels, task.prompts, self._policy.frame_rate if are_clips(pixels) else None)
 
     def _given(self, task: Task) -> UInt8[np.ndarray, "B H W 3"] | None:
         """Return the images of a task whose prompts give them; None if its images are to be sampled."""

@@ -12,6 +12,7 @@ from ray_ddpo.common.clips import Clip
 PACKAGE = "av"  # whose wheels bring FFmpeg with x264
 SHOWN_EDGE = 128  # pixels; clips with a smaller longest edge are enlarged by an integer factor
 FACTORS = (18, 24, 30, 36, 42, 51)  # x264's constant rate factor: higher ones make smaller and coarser files
+PRESET = "veryfast"  # of x264: a third of the time of its default
 MOST_BYTES = 2_000_000  # of a file, as far as the coarsest factor reaches
 LONGEST_RATE = 1000  # denominator of a frame rate in a file
 
@@ -61,7 +62,7 @@ def _encoded(frames: Clip, frame_rate: float, factor: int) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as file:
         rate = Fraction(frame_rate).limit_denominator(LONGEST_RATE)
-        stream = file.add_stream("libx264", rate=rate, options={"crf": str(factor)})
+        stream = file.add_stream("libx264", rate=rate, options={"crf": str(factor), "preset": PRESET})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"  # the only one that all browsers play
         codec = stream.codec_context
