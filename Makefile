@@ -10,7 +10,7 @@ QUICK := not system and not thorough and not same_bits and not parity and not co
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo demo-words test test-all-cases test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study short-study edit-grey three-steps animal-reward guard held-out window saved-calls step-counts overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check configuration pretrain pretrain-words site verification clean
+.PHONY: demo demo-words test test-all-cases test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study short-study edit-grey three-steps animal-reward guard held-out window saved-calls step-counts overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check configuration pretrain pretrain-words site verification clean video-motion
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -88,6 +88,11 @@ broadcast: $(VENV)/installed
 
 whole-network: $(VENV)/installed
 	$(BIN)/python -m benchmarks.whole_network
+
+# A tiny Wan that learns to move faster.
+video-motion: $(VENV)/installed
+	rm -rf runs/video-motion
+	$(BIN)/python -m benchmarks.video_motion
 
 # Kernels, bytes and host waits of a step, counted without a GPU.
 step-counts: $(VENV)/installed

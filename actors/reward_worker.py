@@ -1,17 +1,19 @@
-"""RewardWorker: score images. Only a finite number per image is accepted as a score."""
+"""RewardWorker: score images or clips. Only a finite number for each is accepted as a score."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from jaxtyping import Float
 
 from ray_ddpo.actors.rewards.contract import under_contract
 from ray_ddpo.actors.rewards.failure import scoring_failed
+from ray_ddpo.actors.rewards.frames import FrameScoring, on_clips
 from ray_ddpo.actors.rewards.reward import LoadedReward, Metered, Reward, RewardMistake
 from ray_ddpo.actors.rewards.reward_trial import load_reward, try_rewards
 from ray_ddpo.actors.rewards.score_cache import ScoreCache
 from ray_ddpo.common.base_parts import Base, entry_base
+from ray_ddpo.common.clips import are_clips
 from ray_ddpo.common.machine import this_machine
 from ray_ddpo.common.packages import require_packages
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
@@ -30,11 +32,13 @@ class RewardWorker:
         table: RewardPoolTable,
         runtime: RuntimeTable,
         tried: bool = False,
+        frames: Mapping[str, FrameScoring] | None = None,
     ) -> None:
         """Load the rewards.
 
         Args:
             tried: score synthetic images with the user's rewards first, to find mistakes early.
+            frames: how each reward scores the frames of a clip, by name; by default their mean.
         """
         self._called = f"RewardWorker of {', '.join(rewards)}"
         self._rewards: dict[str, LoadedReward] = {}
@@ -52,6 +56,10 @@ class RewardWorker:
             self._base |= entry_base(reward, "reward", reward.needs(), name)
         if tried:
             try_rewards(rewards, self._rewards)
+        for name, reward in rewards.items():
+            scoring = (frames or {}).get(name, FrameScoring())
+            who = f"the reward {name!r}"
+            self._rewards[name] = on_clips(self._rewards[name], reward, who, scoring, table.batch_size)
         if table.cache:
             self._rewards |= {
                 name: ScoreCache(self._rewards[name], table.cache)
@@ -90,7 +98,7 @@ class RewardWorker:
         last: int | None = None,
         note: Callable[[int], None] | None = None,
     ) -> Scores:
-        """Compute all rewards of the images `first` … `last` − 1.
+        """Compute all rewards of the images, or clips, `first` … `last` − 1.
 
         An image without a finite score is dropped, with the reason.
 
@@ -107,12 +115,12 @@ class RewardWorker:
         if note:
             return self._score_one_by_one(images, wanted, note)
         rewards = {name: self._score_all(name, reward, images, wanted) for name, reward in self._rewards.items()}
-        dropped = {}
+        dropped, kind = {}, "clip" if are_clips(images.pixels) else "image"
         for name, values in rewards.items():
             for row in np.flatnonzero(~np.isfinite(values)):
                 prompt = images.prompts[first + int(row)].text
                 number = f"{values[row]}" + (", or a number beyond float32," if np.isinf(values[row]) else "")
-                dropped[int(row)] = f"the reward {name!r} gave {number} for the image of {prompt!r}"
+                dropped[int(row)] = f"the reward {name!r} gave {number} for the {kind} of {prompt!r}"
                 values[row] = np.nan
         machines = frozenset({self._machine})
         return Scores(rewards, time.perf_counter() - start, dropped, machines, self._usage())

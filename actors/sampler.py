@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 
 from ray_ddpo.actors.task_care import PLAIN, Care
 from ray_ddpo.common.base_parts import Base, entry_base
+from ray_ddpo.common.clips import Pixels, are_clips
 from ray_ddpo.common.diffusion.execution import compile_sampling, set_up_execution
 from ray_ddpo.common.diffusion.given_trajectories import given_trajectories
 from ray_ddpo.common.diffusion.path_kl import PathKL, refuse_without_adapters
@@ -142,7 +143,11 @@ class Sampler:
             path_kl.nats() if path_kl else (),
             tuple(each.tobytes() for each in thumbnails(pixels)) if task.trains and self._sampling.thumbnails else (),
         )
-        return report, trajectory if task.trains else None, ImageBatch(pixels, task.prompts)
+        return report, trajectory if task.trains else None, self._batch(pixels, task)
+
+    def _batch(self, pixels: Pixels, task: Task) -> ImageBatch:
+        """Return the images, or the clips with their frame rate."""
+        return ImageBatch(pixels, task.prompts, self._policy.frame_rate if are_clips(pixels) else None)
 
     def _given(self, task: Task) -> UInt8[np.ndarray, "B H W 3"] | None:
         """Return the images of a task whose prompts give them; None if its images are to be sampled."""
@@ -194,8 +199,8 @@ class Sampler:
                 self._policy.decode(trajectory.final_latents).cpu()
 
     def _decode(
-        self, latents: Float[torch.Tensor, "B C H W"], care: Care, note: Callable[[int], None] | None
-    ) -> tuple[UInt8[np.ndarray, "B H2 W2 3"], set[int]]:
+        self, latents: Float[torch.Tensor, "B C *S"], care: Care, note: Callable[[int], None] | None
+    ) -> tuple[UInt8[np.ndarray, "B *F H2 W2 3"], set[int]]:
         """Decode final latents.
 
         Returns:
@@ -204,8 +209,9 @@ class Sampler:
         rows = [row for row in range(len(latents)) if row not in care.left_out]
         if not rows:
             # In a replay the size may be unknown, because the family was not tried. A replay ignores these images.
-            height, width = self._image_size or latents.shape[-2:]
-            return np.zeros((len(latents), height, width, 3), np.uint8), set()
+            frames = (self._policy.num_frames,) if latents.ndim == 5 else ()
+            size = self._image_size or latents.shape[-2:]
+            return np.zeros((len(latents), *frames, *size, 3), np.uint8), set()
         if care.one_by_one == "nothing":
             standing_in = [row if row in rows else rows[0] for row in range(len(latents))]
             kept = latents if len(rows) == len(latents) else latents[standing_in]

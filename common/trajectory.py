@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from ray_ddpo.common.clips import Pixels, posters
 from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.schedule import Task
@@ -31,12 +32,12 @@ class Trajectory:
     prompt_index: Int[Tensor, "B"]  # each image's prompt among these
     steps: Int[Tensor, "B W"]  # the trained steps
     log_probs: Float[Tensor, "B W"]  # under the sampling policy; mean over latent elements, in nats
-    latents: Float[Tensor, "B W C H W2"]  # before each trained step
-    next_latents: Float[Tensor, "B W C H W2"]  # after it, rounded for storage
-    final_latents: Float[Tensor, "B C H W2"]
+    latents: Float[Tensor, "B W C *S"]  # before each trained step
+    next_latents: Float[Tensor, "B W C *S"]  # after it, rounded for storage
+    final_latents: Float[Tensor, "B C *S"]
     # Where the learner begins again, for gradients of the reward: each image's step, and the latents before it.
     start_steps: Int[Tensor, "B"] | None = None
-    start_latents: Float[Tensor, "B C H W2"] | None = None
+    start_latents: Float[Tensor, "B C *S"] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Serialize as numpy buffers, which Ray ships without a copy. Adjacent steps share one buffer."""
@@ -71,7 +72,7 @@ class Trajectory:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def adjacent_latents(latents: Float[Tensor, "B W1 C H W2"]) -> tuple[Tensor, Tensor]:
+def adjacent_latents(latents: Float[Tensor, "B W1 C *S"]) -> tuple[Tensor, Tensor]:
     """Return the latents before and after each of the W = W1 - 1 steps, as views of `latents`."""
     return latents[:, :-1], latents[:, 1:]
 
@@ -129,14 +130,15 @@ def _from_wire(conditioning: dict[str, Wire], light: list[Wire], heavy: list[Wir
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """A task's images on their way to the reward worker."""
+    """A task's images, or its clips of F frames, on their way to the reward worker."""
 
-    pixels: UInt8[np.ndarray, "B H W 3"]
+    pixels: Pixels
     prompts: tuple[Prompt, ...]
+    frame_rate: float | None = None  # of clips, in frames a second
 
 
-def image_fingerprints(pixels: UInt8[np.ndarray, "B H W 3"]) -> tuple[str, ...]:
-    """Return the SHA-256 of each image's pixels."""
+def image_fingerprints(pixels: Pixels) -> tuple[str, ...]:
+    """Return the SHA-256 of each image's pixels, or of all frames of each clip."""
     return tuple(hashlib.sha256(np.ascontiguousarray(image).data).hexdigest() for image in pixels)
 
 
@@ -202,10 +204,10 @@ class Rollout:
 THUMBNAIL_EDGE = 16  # pixels: images are compared by composition and color, not by texture
 
 
-def thumbnails(pixels: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B E E 3"]:
-    """Reduce images to 16 × 16 pixels, each the mean of its area."""
-    size = (THUMBNAIL_EDGE, THUMBNAIL_EDGE)
-    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in pixels])
+def thumbnails(pixels: Pixels) -> UInt8[np.ndarray, "B E E 3"]:
+    """Reduce images, or the posters of clips, to 16 × 16 pixels, each the mean of its area."""
+    size, box = (THUMBNAIL_EDGE, THUMBNAIL_EDGE), Image.Resampling.BOX
+    return np.stack([np.asarray(Image.fromarray(image).resize(size, box)) for image in posters(pixels)])
 
 
 def thumbnail_rows(rollouts: Sequence[Rollout]) -> UInt8[np.ndarray, "N D"]:
@@ -289,14 +291,14 @@ class TransitionBatch:
 
     conditioning: dict[str, Tensor]  # one row per transition
     steps: Int[Tensor, "B"]
-    latents: Float[Tensor, "B C H W"]
-    next_latents: Float[Tensor, "B C H W"]
+    latents: Float[Tensor, "B C *S"]
+    next_latents: Float[Tensor, "B C *S"]
     old_log_probs: Float[Tensor, "B"]
     advantages: Float[Tensor, "B"]
     proximal_log_probs: Float[Tensor, "B"] | None = None  # under the weights at the start of the round's update
-    proximal_means: Float[Tensor, "B C H W"] | None = None  # transition means under those weights
-    behavior_means: Float[Tensor, "B C H W"] | None = None  # transition means under the sampling policy
-    reference_means: Float[Tensor, "B C H W"] | None = None  # transition means under the reference
+    proximal_means: Float[Tensor, "B C *S"] | None = None  # transition means under those weights
+    behavior_means: Float[Tensor, "B C *S"] | None = None  # transition means under the sampling policy
+    reference_means: Float[Tensor, "B C *S"] | None = None  # transition means under the reference
     kl_weights: Float[Tensor, "B"] | None = None  # factors of the KL to the reference; None: all are 1
 
 
@@ -309,11 +311,11 @@ class NoisedBatch:
 
     conditioning: dict[str, Tensor]  # one row per noised sample
     timesteps: Int[Tensor, "B"]  # the model's own
-    clean_latents: Float[Tensor, "B C H W"]
-    noise: Float[Tensor, "B C H W"]
+    clean_latents: Float[Tensor, "B C *S"]
+    noise: Float[Tensor, "B C *S"]
     weights: Float[Tensor, "B"]
-    old_predictions: Float[Tensor, "B C H W"] | None = None  # under the sampling policy
-    reference_predictions: Float[Tensor, "B C H W"] | None = None  # under the pretrained model
+    old_predictions: Float[Tensor, "B C *S"] | None = None  # under the sampling policy
+    reference_predictions: Float[Tensor, "B C *S"] | None = None  # under the pretrained model
     old_errors: Float[Tensor, "B"] | None = None  # mean squared errors of the prediction, under the sampling policy
     reference_errors: Float[Tensor, "B"] | None = None  # the same under the pretrained model
     groups: Int[Tensor, "B"] | None = None  # number of the rows that are compared with each other; None: none are
@@ -331,8 +333,8 @@ class RestartBatch:
 
     conditioning: dict[str, Tensor]  # one row per restart
     starts: tuple[int, ...]  # the first step of each row that is taken again
-    latents: Float[Tensor, "B C H W"]  # before that step
-    noise: dict[int, Float[Tensor, "B C H W"]]  # of each stochastic step from the first start on; others have none
+    latents: Float[Tensor, "B C *S"]  # before that step
+    noise: dict[int, Float[Tensor, "B C *S"]]  # of each stochastic step from the first start on; others have none
     prompts: tuple[str, ...]
     metadata: tuple[dict[str, Any], ...]
     latents_dtype: str = "float32"  # to which the sampler rounded latents after each step

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.rewards.failure import ScoringFailed
+from ray_ddpo.actors.rewards.frames import FrameScoring
 from ray_ddpo.actors.rewards.http import Http
 from ray_ddpo.actors.rewards.reward import RewardMistake
 from ray_ddpo.common.prompts import Prompt
@@ -85,12 +86,15 @@ class RewardServer(ThreadingHTTPServer):
         return self._token is None or hmac.compare_digest(given, f"Bearer {self._token}".encode())
 
     def score(self, request: ScoreRequest) -> ScoreReply:
-        """Score the images of a request.
+        """Score the images, or the clips, of a request.
 
         Raises:
             Refusal: an image cannot be decoded or is too large, or the reward fails.
         """
-        images = ImageBatch(_decoded(request.images), tuple(map(Prompt, request.prompts, request.metadata)))
+        pixels = _decoded(request.images)
+        if request.frames is not None:
+            pixels = pixels.reshape(-1, request.frames, *pixels.shape[1:])
+        images = ImageBatch(pixels, tuple(map(Prompt, request.prompts, request.metadata)))
         try:
             with self._one_at_a_time:
                 scores = self._worker.score(images).rewards[self.reward].tolist()
@@ -257,7 +261,8 @@ def reward_server(recipe: Recipe, name: str | None, host: str, port: int, token_
     table, reward = tables[name], build_reward(tables[name])
     if isinstance(reward, Http):
         raise ValueError("the recipe's reward is itself asked for over HTTP: give a recipe with the reward to serve")
-    worker = RewardWorker({table.called: reward}, table.workers or recipe.reward_workers, recipe.runtime)
+    pool, frames = table.workers or recipe.reward_workers, {table.called: FrameScoring.of(table)}
+    worker = RewardWorker({table.called: reward}, pool, recipe.runtime, frames=frames)
     try:
         return RewardServer((host, port), worker, token)
     except OSError as error:

@@ -17,7 +17,15 @@ from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.registry import build, component_class
 from ray_ddpo.common.recipe.tables import SamplingTable
-from tests.tiny_families import BY_DDIM, call_keys, given_latents, policy_table, shown_latents, take_first_order_steps
+from tests.tiny_families import (
+    BY_DDIM,
+    call_keys,
+    given_latents,
+    policy_table,
+    shown,
+    shown_latents,
+    take_first_order_steps,
+)
 
 ABSENT = object()  # the key is taken out of the file
 PROMPTS, SEEDS = ["a cat", "abcdefgh ijklm"], [3, 4]
@@ -133,8 +141,8 @@ def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) ->
         return (seen[-1],)
 
     pipeline.scheduler.step = watch
-    images = pipeline(prompt=PROMPTS, **keys).images
-    return Sampled(seen[-1], np.stack([np.asarray(image) for image in images]).astype(int))
+    images = shown(pipeline(prompt=PROMPTS, **keys))
+    return Sampled(seen[-1], images)
 
 
 def ours_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Sampled:

@@ -3,6 +3,8 @@
 from typing import Any
 
 from tests.changed_keys import ABSENT, Change
+from tests.flow_solver_keys import FLOW_SOLVER, UNIPC
+from tests.video_keys import WAN, WAN_DECODER
 
 UNET: dict[str, list[Any]] = {
     "center_input_sample": [True],
@@ -335,25 +337,6 @@ GEMMA_2: dict[str, list[Any]] = {
     "vocab_size": [10, 50],
     "use_bidirectional_attention": [True],
 }
-FLOW_SOLVER: dict[str, list[Any]] = {
-    "flow_shift": [1.0, 6.0, 0.0, None, ABSENT],
-    "use_flow_sigmas": [False, ABSENT],
-    "prediction_type": ["epsilon", "v_prediction", ABSENT],
-    "num_train_timesteps": [500],
-    "solver_order": [1, 3],
-    "solver_type": ["heun"],
-    "lower_order_final": [False],
-    "euler_at_final": [True],
-    "final_sigmas_type": ["sigma_min"],
-    "timestep_spacing": ["trailing", "leading"],
-    "beta_end": [0.5],
-    "use_karras_sigmas": [True],
-    "use_lu_lambdas": [True],
-    "thresholding": [True],
-    "variance_type": ["learned", "fixed_small"],
-    "use_dynamic_shifting": [True],
-    "algorithm_type": ["sde-dpmsolver++"],
-}
 UNET_PARTS: dict[str, dict[str, list[Any]]] = {"unet": UNET, "scheduler": DDIM, "model_index": INDEX}
 FLOW_PARTS: dict[str, dict[str, list[Any]]] = {
     "vae": DECODER,
@@ -380,6 +363,8 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     | {"tokenizer": T5_TOKENIZER},
     "sana": {"transformer": SANA, "vae": SANA_DECODER, "scheduler": FLOW_SOLVER, "text_encoder": GEMMA_2}
     | {"tokenizer": QWEN_TOKENIZER},
+    "wan": {"transformer": WAN, "vae": WAN_DECODER, "scheduler": UNIPC, "text_encoder": T5, "tokenizer": T5_TOKENIZER}
+    | {"model_index": {"boundary_ratio": [0.5], "expand_timesteps": [True, None]}},
 }
 EVERY = [
     (name, Change(part, key, value))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -19,6 +20,7 @@ from tests.tiny_language_models import (
 )
 from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
 from tests.tiny_text_to_image import save_tiny_pixart_sigma, save_tiny_sana, tiny_t5, tiny_t5_tokenizer
+from tests.tiny_video import FRAMES, save_tiny_wan
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
@@ -262,6 +264,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "z_image": save_tiny_z_image,
     "pixart_sigma": save_tiny_pixart_sigma,
     "sana": save_tiny_sana,
+    "wan": save_tiny_wan,
 }
 FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has them
     "digits:Digits": save_tiny_digits,
@@ -284,6 +287,7 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
     "z_image": {"max_sequence_length": 38, "resolution": 16},
     "pixart_sigma": {"max_sequence_length": 12},
     "sana": {"max_sequence_length": 14},
+    "wan": {"max_sequence_length": 12, "resolution": 16, "num_frames": FRAMES},
 }
 
 
@@ -291,6 +295,7 @@ SAFETY_CHECKED = ("stable_diffusion", "sd_inpainting")  # families whose pipelin
 BY_DDIM = (*SAFETY_CHECKED, "sdxl", "pixart_sigma")  # families that step by DDIM
 PACKED = ("flux", "flux_kontext", "qwen_image")  # families whose pipelines take and give tokens instead of latents
 UNGUIDED = ("flux", "flux_kontext", "flux2")  # families whose guidance is an input of the network
+VIDEO = ("wan",)
 WITHOUT_NEGATIVE = (*UNGUIDED, "flux2_klein")  # families whose pipelines take no negative prompt
 
 
@@ -328,8 +333,20 @@ def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str,
         text |= {"height": 32, "width": 32} if name == "sana" else {}
     if name in WITHOUT_NEGATIVE:
         return {"guidance_scale": scale, **text, **size}
-    text |= size if name == "z_image" else {}
+    text |= size if name in ("z_image", *VIDEO) else {}
+    text |= {"num_frames": FRAMES, "output_type": "pil"} if name in VIDEO else {}
     return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **text}
+
+
+def shown(sampled: Any) -> np.ndarray:
+    """Return what a family's own pipeline made, of 0 to 255, with the axis of frames of a video."""
+    made = getattr(sampled, "images", None) or sampled.frames
+    return np.stack(
+        [
+            np.stack([np.asarray(frame) for frame in each]) if isinstance(each, list) else np.asarray(each)
+            for each in made
+        ]
+    ).astype(int)
 
 
 def take_first_order_steps(name: str, pipeline: Any) -> None:
@@ -341,6 +358,9 @@ def take_first_order_steps(name: str, pipeline: Any) -> None:
     elif isinstance(pipeline.scheduler, diffusers.DPMSolverMultistepScheduler):
         keys: Any = {"solver_order": 1, "algorithm_type": "dpmsolver++"}
         pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **keys)
+    elif isinstance(pipeline.scheduler, diffusers.UniPCMultistepScheduler):
+        keys = {"solver_order": 1, "disable_corrector": list(range(100))}
+        pipeline.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipeline.scheduler.config, **keys)
 
 
 def load_lora(pipeline: Any, folder: Path) -> None:

@@ -69,3 +69,7 @@ def seldom(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.n
 
 def never(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
     return np.zeros(len(images), np.float32)
+
+
+def of_clips(clips: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    return [float(clip[-1].mean()) for clip in clips]

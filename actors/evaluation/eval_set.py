@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import UInt8
 
+from ray_ddpo.common.clips import Pixels
 from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.diffusion.rollout import evaluation_window, inputs_of, sample_trajectories
 from ray_ddpo.common.prompts import Prompt, PromptSource
@@ -68,8 +68,8 @@ def build_eval_set(table: EvaluationTable, source: PromptSource) -> EvalSet:
 
 def sample_eval_images(
     policy: Policy, chosen: EvalSet, sampling: SamplingTable, on_sampled: Callable[[int], None] = lambda images: None
-) -> UInt8[np.ndarray, "N H W 3"]:
-    """Sample the images of a set under the policy's current weights.
+) -> Pixels:
+    """Sample the images, or clips, of a set under the policy's current weights.
 
     After each batch, `on_sampled` is called with the number of images sampled so far.
     """
@@ -83,7 +83,7 @@ def sample_eval_images(
     return np.concatenate(images)
 
 
-def decoded(policy: Policy, trajectory: Trajectory, prompts: list[str]) -> UInt8[np.ndarray, "B H W 3"]:
+def decoded(policy: Policy, trajectory: Trajectory, prompts: list[str]) -> Pixels:
     """Decode the final latents of trajectories. Raise ValueError if latents or pixels are NaN or infinite."""
     pixels = policy.decode(trajectory.final_latents).cpu().numpy()
     if rows := policy.not_finite:

@@ -4,15 +4,18 @@ import math
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import UInt8
 
 from ray_ddpo.actors.rewards.image_statistics import DarkShare, EdgeDensity, Entropy, ImageStatistic, Sharpness
+from ray_ddpo.common.clips import Pixels, some_frames
 from ray_ddpo.common.trajectory import thumbnails
 
+FRAMES = 4  # of a clip, at equal distances
 
-def image_summary(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> dict[str, float]:
+
+def image_summary(pixels: Pixels, prompts: list[str]) -> dict[str, float]:
     """Compute the mean of each statistic over the images, and their diversity within a prompt.
 
+    Of a clip, FRAMES frames have the statistics, and the poster has the diversity.
     Diversity is NaN if no prompt has two images. Without images, every value is NaN.
     """
     statistics: dict[str, ImageStatistic] = {
@@ -23,12 +26,17 @@ def image_summary(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> d
     }
     if not len(pixels):
         return dict.fromkeys([*statistics, "diversity"], math.nan)
-    means = {name: float(np.mean([each.of(image) for image in pixels])) for name, each in statistics.items()}
+    means = {
+        name: float(np.mean([each.of(image) for image in some_frames(pixels, FRAMES)]))
+        for name, each in statistics.items()
+    }
     return means | {"diversity": diversity(pixels, prompts)}
 
 
-def diversity(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> float:
-    """Compute how much images of one prompt differ. Diversity falls if a policy samples the same image over and over.
+def diversity(pixels: Pixels, prompts: list[str]) -> float:
+    """Compute how much images, or posters of clips, of one prompt differ.
+
+    Diversity falls if a policy samples the same image over and over.
 
     Returns:
         The root mean square difference (0 … 1) of two images reduced to 16 × 16 pixels: the mean over all pairs of a

@@ -22,6 +22,7 @@ REWARDS: Registry = {
     "vlm_judge": "ray_ddpo.actors.rewards.vlm_judge:VlmJudge",
     "unified_reward": "ray_ddpo.actors.rewards.unified_reward:UnifiedReward",
     "edit_preservation": "ray_ddpo.actors.rewards.edit_preservation:EditPreservation",
+    "motion": "ray_ddpo.actors.rewards.motion:Motion",
     "ocr": "ray_ddpo.actors.rewards.ocr:Ocr",
     "geneval": "ray_ddpo.actors.rewards.geneval:GenEval",
     "preference": "ray_ddpo.actors.rewards.preference:Preference",

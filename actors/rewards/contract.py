@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from ray_ddpo.actors.rewards.reward import Images, LoadedReward, RewardMistake
+from ray_ddpo.actors.rewards.reward import LoadedReward, RewardMistake
+from ray_ddpo.common.clips import Pixels
 from ray_ddpo.common.input_images import read_inputs
 
 SIGNATURE = "(images, prompts, metadata)"
@@ -34,10 +35,10 @@ def under_contract(reward: Any, who: str, with_inputs: bool = False) -> LoadedRe
     """
     check_signature(reward, who)
 
-    def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+    def score(images: Pixels, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
         given = images.copy()
         given.flags.writeable = False
-        inputs = {"inputs": read_inputs(metadata, images.shape[1:3])} if with_inputs else {}
+        inputs = {"inputs": read_inputs(metadata, images.shape[-3:-1])} if with_inputs else {}
         return scores_of(reward(given, list(prompts), copy.deepcopy(metadata), **inputs), len(prompts), who)
 
     return score
@@ -45,8 +46,17 @@ def under_contract(reward: Any, who: str, with_inputs: bool = False) -> LoadedRe
 
 def asks_for_inputs(function: Any) -> bool:
     """Return whether a user's function has a parameter `inputs`, for the prompts' input images."""
+    return _has_parameter(function, "inputs")
+
+
+def asks_for_clips(function: Any) -> bool:
+    """Return whether a user's function has a parameter `clips`, in place of `images`."""
+    return _has_parameter(function, "clips")
+
+
+def _has_parameter(function: Any, name: str) -> bool:
     try:
-        return "inputs" in inspect.signature(function).parameters
+        return name in inspect.signature(function).parameters
     except (ValueError, TypeError):  # some functions written in C have no signature
         return False
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, PrivateAttr
 
-from ray_ddpo.actors.rewards.contract import asks_for_inputs, check_signature, under_contract
+from ray_ddpo.actors.rewards.contract import asks_for_clips, asks_for_inputs, check_signature, under_contract
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
 from ray_ddpo.common.differentiable_reward import DifferentiableReward
 from ray_ddpo.common.prompts import Prompt, refuse_without_inputs
@@ -17,7 +17,8 @@ from ray_ddpo.common.user_code.by_value import is_by_value, reference, source_of
 class FunctionReward(Reward):
     """Function of your own, called with (images uint8 [B, H, W, 3], prompts, metadata); it returns scores [B].
 
-    If it has a parameter `inputs`, it gets the prompts' input images, at the images' size.
+    If it has a parameter `inputs`, it gets the prompts' input images, at the images' size. If its first parameter is
+    called `clips`, it gets complete clips of a video family, uint8 [B, F, H, W, 3].
     A function that no module holds, such as a lambda, is handed over by `FunctionReward.of` and travels by value.
     """
 
@@ -48,6 +49,13 @@ class FunctionReward(Reward):
     @property
     def independent_of_batch(self) -> bool:
         return self.independent
+
+    @property
+    def takes_clips(self) -> bool:
+        try:
+            return asks_for_clips(self._function())
+        except ValueError:  # loading reports it
+            return False
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         try:

@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import ConfigDict, Field, model_validator
 
-from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
+from ray_ddpo.actors.rewards.reward import LoadedReward, Reward, RewardMistake
 from ray_ddpo.actors.rewards.service_client import RewardServiceFailed as RewardServiceFailed
 from ray_ddpo.actors.rewards.service_client import ServiceClient, refuse_secrets
+from ray_ddpo.common.clips import Pixels, are_clips
 from ray_ddpo.common.reward_protocol import HEALTH_PATH, SCORE_PATH, Health, ScoreReply, read_token, to_png
 
 
@@ -27,7 +28,9 @@ class Http(Reward):
     token_variable: str | None = None
     """Environment variable that holds the token of the service. By default no token is sent."""
     images_per_request: int | None = Field(default=None, ge=1)
-    """Images per request. By default the whole scoring batch."""
+    """Images, or clips, per request. By default the whole scoring batch."""
+    clips: bool = False
+    """Send complete clips of a video family, whose frames follow each other. By default each frame is scored as an image."""
     independent: bool = False
     """Promise that an image's score has the same bits in any request. Scores can then be cached."""
 
@@ -41,6 +44,10 @@ class Http(Reward):
     @property
     def independent_of_batch(self) -> bool:
         return self.independent
+
+    @property
+    def takes_clips(self) -> bool:
+        return self.clips
 
     def check(self) -> None:
         self._client(attempts=1).ask(HEALTH_PATH, Health)
@@ -56,7 +63,7 @@ class Http(Reward):
         """
         client = self._client(self.attempts)
 
-        def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+        def score(images: Pixels, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
             size = self.images_per_request or len(images)
             scores = []
             for start in range(0, len(images), size):
@@ -69,10 +76,12 @@ class Http(Reward):
 
 
 def _ask(
-    client: ServiceClient, images: Images, prompts: list[str], metadata: list[dict[str, Any]]
+    client: ServiceClient, images: Pixels, prompts: list[str], metadata: list[dict[str, Any]]
 ) -> list[float | None]:
-    """Send one request, and return a score an image."""
-    request = {"images": [to_png(image) for image in images], "prompts": prompts, "metadata": metadata}
+    """Send one request, and return a score an image or a clip."""
+    frames = images.reshape(-1, *images.shape[-3:])
+    request = {"images": [to_png(image) for image in frames], "prompts": prompts, "metadata": metadata}
+    request |= {"frames": images.shape[1]} if are_clips(images) else {}
     try:
         body = json.dumps(request, allow_nan=False).encode()
     except (TypeError, ValueError) as error:

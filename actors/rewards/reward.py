@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from ray_ddpo.common.clips import Pixels
 from ray_ddpo.common.differentiable_reward import DifferentiableReward
 from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.prompts import Prompt
@@ -14,7 +15,8 @@ from ray_ddpo.common.recipe.registry import Component
 from ray_ddpo.common.user_code.sources import is_of_the_project
 
 Images = UInt8[np.ndarray, "B H W 3"]
-LoadedReward = Callable[[Images, list[str], list[dict[str, Any]]], Float[np.ndarray, "B"]]
+Clips = UInt8[np.ndarray, "B F H W 3"]
+LoadedReward = Callable[[Pixels, list[str], list[dict[str, Any]]], Float[np.ndarray, "B"]]
 
 
 @runtime_checkable
@@ -41,6 +43,11 @@ class Reward(Component, ABC):
     @property
     def independent_of_batch(self) -> bool:
         """True if an image's score has the same bits in any batch. Only then batches contain several tasks' images."""
+        return False
+
+    @property
+    def takes_clips(self) -> bool:
+        """True if `load` returns a function of complete clips, uint8 [B F H W 3]. Others get the frames as images."""
         return False
 
     @property

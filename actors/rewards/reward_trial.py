@@ -6,11 +6,13 @@ import numpy as np
 
 from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.actors.rewards.function import FunctionReward
-from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
+from ray_ddpo.actors.rewards.reward import LoadedReward, Reward, RewardMistake
+from ray_ddpo.common.clips import Pixels
 from ray_ddpo.common.runtime import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, is_users_own
 
 IMAGES = 2
+FRAMES = 3  # of a synthetic clip
 SIDE = 64  # pixels of a synthetic image; if a reward needs another size and raises, that is no mistake
 
 
@@ -32,7 +34,7 @@ def load_reward(reward: Reward, device: str) -> LoadedReward:
 
 
 def try_rewards(rewards: dict[str, Reward], loaded: dict[str, LoadedReward]) -> None:
-    """Score two synthetic images with the user's rewards.
+    """Score two synthetic images, or clips, with the user's rewards.
 
     Prompts are synthetic too, because a reward may do something with a run's prompt that must happen only for its
     image.
@@ -40,14 +42,14 @@ def try_rewards(rewards: dict[str, Reward], loaded: dict[str, LoadedReward]) -> 
     Raises:
         RewardMistake: a reward does not return one number for each image.
     """
-    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
+    clips = np.random.default_rng(0).integers(0, 256, (IMAGES, FRAMES, SIDE, SIDE, 3), dtype=np.uint8)
     for name, reward in rewards.items():
         if isinstance(reward, FunctionReward) or is_users_own(reward, REWARDS):
             with undisturbed():
-                _try(name, loaded[name], pixels)
+                _try(name, loaded[name], clips if reward.takes_clips else clips[:, 0])
 
 
-def _try(name: str, reward: LoadedReward, pixels: Images) -> None:
+def _try(name: str, reward: LoadedReward, pixels: Pixels) -> None:
     """Raise RewardMistake if a result is wrong. Other errors are ignored: the reward may need real images."""
     try:
         with blamed(f"the reward {name!r}"):

@@ -7,18 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from ray_ddpo.actors.rewards.reward import Images, LoadedReward
+from ray_ddpo.actors.rewards.reward import LoadedReward
+from ray_ddpo.common.clips import ImageOrClip, Pixels
 
 
 class ScoreCache:
-    """A reward with a cache of its last `size` finite scores, by image, prompt and metadata."""
+    """A reward with a cache of its last `size` finite scores, by image or clip, prompt and metadata."""
 
     def __init__(self, reward: LoadedReward, size: int) -> None:
         self._reward = reward
         self._size = size
         self._scores: OrderedDict[str, float] = OrderedDict()  # the most recently used is last
 
-    def __call__(self, images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+    def __call__(self, images: Pixels, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
         keys = [_key(*asked) for asked in zip(images, prompts, metadata, strict=True)]
         new = [row for row, key in enumerate(keys) if key not in self._scores]
         answers: Any = np.zeros(0)
@@ -42,6 +43,6 @@ class ScoreCache:
                 self._scores.popitem(last=False)
 
 
-def _key(image: np.ndarray, prompt: str, metadata: dict[str, Any]) -> str:
+def _key(image: ImageOrClip, prompt: str, metadata: dict[str, Any]) -> str:
     beside = json.dumps([image.shape, prompt, metadata], sort_keys=True, default=repr)
     return hashlib.sha256(np.ascontiguousarray(image).tobytes() + beside.encode()).hexdigest()

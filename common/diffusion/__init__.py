@@ -15,4 +15,5 @@ POLICIES: Registry = {
     "z_image": "ray_ddpo.common.diffusion.families.z_image:ZImage",
     "pixart_sigma": "ray_ddpo.common.diffusion.families.pixart_sigma:PixArtSigma",
     "sana": "ray_ddpo.common.diffusion.families.sana:Sana",
+    "wan": "ray_ddpo.common.diffusion.families.wan:Wan",
 }

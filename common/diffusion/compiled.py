@@ -20,6 +20,7 @@ REPEATED_BLOCKS = (
     "Flux2TransformerBlock",
     "Flux2SingleTransformerBlock",
     "SanaTransformerBlock",
+    "WanTransformerBlock",
 )
 
 

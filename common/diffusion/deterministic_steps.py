@@ -64,7 +64,7 @@ class SampledSteps:
         """Return the stochastic step from the same latents and network output as the last deterministic one."""
         return self.table.transition(latents, self._output, self._steps(latents, step))
 
-    def predict(self, latents: Tensor, step: int, rows: Conditioning) -> Float[Tensor, "B C H W"]:
+    def predict(self, latents: Tensor, step: int, rows: Conditioning) -> Float[Tensor, "B C *S"]:
         """Return the network's guided output at a step."""
         self._output = self._policy.predict(latents, self.table.timesteps[self._steps(latents, step)], rows)
         return self._output
@@ -125,7 +125,7 @@ def network_steps(run: range, interval: int) -> frozenset[int]:
     return frozenset(step for place, step in enumerate(run) if place == 0 or (place - 1) % interval == 0)
 
 
-def extrapolated(known: list[tuple[float, Tensor]], timestep: float) -> Float[Tensor, "B C H W"]:
+def extrapolated(known: list[tuple[float, Tensor]], timestep: float) -> Float[Tensor, "B C *S"]:
     """Return an output at `timestep`, on the line through the last two known ones; with one, that one."""
     last, output = known[-1]
     if len(known) == 1:

@@ -49,6 +49,7 @@ class DiffusersPolicy(Policy):
 
     embeddings: ClassVar[tuple[str, ...]] = EMBEDDINGS  # what the pipeline's `encode_prompt` returns, in its order
     default_negative: ClassVar[str | None] = None  # None is not the empty text, and may mean zeros
+    count_key: ClassVar[str] = "num_images_per_prompt"  # of the pipeline's `encode_prompt`
     adds_shift: ClassVar[bool] = True  # whether the pipeline honours the decoder's `shift_factor`
 
     def __init__(
@@ -58,7 +59,7 @@ class DiffusersPolicy(Policy):
         self.device = device
         self.dtype = config.dtype_of(role)
         on_host = loads_on_host()
-        memory_format = network_format("cpu" if on_host else device, config.is_compiled(role))
+        memory_format = network_format("cpu" if on_host else device, config.is_compiled(role), config.has_frames)
         placed = {"device": "cpu" if on_host else device, "memory_format": memory_format}
         network: Any = getattr(pipeline, config.network_name)
         self.network: Any = (network if has_unread() else network.to(**placed)).eval()
@@ -103,10 +104,16 @@ class DiffusersPolicy(Policy):
         self, sampling: SamplingTable, patch: int, evenly_spaced: bool, shift: float | None = None
     ) -> FlowMatchTable:
         """Return a flow's steps, on the device, for a network that reads `patch` × `patch` latents as a token."""
-        tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
+        tokens = (self.latent_shape[-2] // patch) * (self.latent_shape[-1] // patch)
         scheduler, steps = self.pipeline.scheduler.config, sampling.num_steps
         table = flow_match_table(scheduler, steps, sampling.eta, tokens, evenly_spaced, sampling.sde, shift)
         return table.to(self.device)
+
+    def _solver_table(self, sampling: SamplingTable) -> FlowMatchTable:
+        """Return the steps of a flow whose scheduler may be a solver, on the device, as its noise levels are."""
+        scheduler = self.pipeline.scheduler
+        keys = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        return flow_match_table(keys, sampling.num_steps, sampling.eta, None, False, sampling.sde).to(self.device)
 
     def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
         """Encode one prompt in the text encoders' dtype. Return one row per tensor.
@@ -120,9 +127,9 @@ class DiffusersPolicy(Policy):
         encoded = self.pipeline.encode_prompt(
             prompt,
             device=self.device,
-            num_images_per_prompt=1,
             do_classifier_free_guidance=with_negative,
             negative_prompt=negative,
+            **{self.count_key: 1},
             **keys,
         )
         return {name: value for name, value in zip(self.embeddings, encoded, strict=False) if value is not None}
@@ -150,7 +157,7 @@ class DiffusersPolicy(Policy):
         self.graphed = GraphedNetwork(call, self.network, make_recorder)
 
     def image_size(self) -> tuple[int, int]:
-        height, width = self.latent_shape[1:]
+        height, width = self.latent_shape[-2:]
         return self.config.scale_factor * height, self.config.scale_factor * width
 
     @property
@@ -182,7 +189,7 @@ class DiffusersPolicy(Policy):
             if tokenizer is not None:
                 # diffusers truncates for CLIP at the first tokenizer's length, and for T5 at its caller's.
                 length = getattr(self.pipeline, "tokenizer_max_length", tokenizer.model_max_length)
-                if self.config.text_parts[part][1] == "T5EncoderModel":
+                if self.config.text_parts[part][1] in ("T5EncoderModel", "UMT5EncoderModel"):
                     length = getattr(self.config, "max_sequence_length", length)
                 readers.append(TextReader(part, tokenizer, length))
         return readers
@@ -192,7 +199,7 @@ class DiffusersPolicy(Policy):
 
     def transition(
         self,
-        latents: Float[Tensor, "B C H W"],
+        latents: Float[Tensor, "B C *S"],
         steps: Int[Tensor, "B"],
         conditioning: Conditioning,
         stochastic: bool = True,
@@ -204,13 +211,13 @@ class DiffusersPolicy(Policy):
         return self.steps if sampling.num_steps == self.num_steps else self._table(sampling)
 
     def predict(
-        self, latents: Float[Tensor, "B C H W"], timesteps: Tensor, conditioning: Conditioning
-    ) -> Float[Tensor, "B C H W"]:
+        self, latents: Float[Tensor, "B C *S"], timesteps: Tensor, conditioning: Conditioning
+    ) -> Float[Tensor, "B C *S"]:
         return self._guided(latents, timesteps, conditioning, self.branches == 2)
 
     def _guided(
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, both: bool
-    ) -> Float[Tensor, "B C H W"]:
+    ) -> Float[Tensor, "B C *S"]:
         """Run the network with `both` branches, or for the prompt alone."""
         scale = self.guidance_scale if both else None
         return guided(self._predict, latents, timesteps, conditioning, scale, self._combined)
@@ -231,11 +238,11 @@ class DiffusersPolicy(Policy):
 
     def denoise(
         self,
-        clean_latents: Float[Tensor, "B C H W"],
-        noise: Float[Tensor, "B C H W"],
+        clean_latents: Float[Tensor, "B C *S"],
+        noise: Float[Tensor, "B C *S"],
         timesteps: Int[Tensor, "B"],
         conditioning: Conditioning,
-    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
+    ) -> tuple[Float[Tensor, "B C *S"], Float[Tensor, "B C *S"]]:
         noised, timestep_input, target = self.steps.add_noise(clean_latents.float(), noise, timesteps)
         both = self.branches == 2 and self.guides_denoising
         return self._guided(noised, timestep_input, conditioning, both).float(), target
@@ -244,16 +251,16 @@ class DiffusersPolicy(Policy):
         """Hold a decoder on the device. Its weights get no gradients."""
         self.vae = vae.to(self.device).eval().requires_grad_(False)
 
-    def decode_pixels(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 H2 W2"]:
+    def decode_pixels(self, latents: Float[Tensor, "B C *S"]) -> Float[Tensor, "B 3 H2 W2"]:
         pixels = self.config.decoded(self.vae, self._unscaled(latents.to(self.vae.dtype)))
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B H2 W2 3"]:
+    def decode(self, latents: Float[Tensor, "B C *S"]) -> UInt8[Tensor, "B *F H2 W2 3"]:
         pixels = self._decoded(latents).float() / 2 + 0.5
         finite = pixels.isfinite().flatten(1).all(1).tolist()
         self.not_finite = tuple(row for row, is_finite in enumerate(finite) if not is_finite)
-        return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """Run the decoder. If memory is short, do without the graphs, which keep the network's activations."""
@@ -278,8 +285,8 @@ class DiffusersPolicy(Policy):
 
     @torch.no_grad()
     def encode_images(
-        self, pixels: UInt8[Tensor, "B H2 W2 3"], noise: Float[Tensor, "B C H W"]
-    ) -> Float[Tensor, "B C H W"]:
+        self, pixels: UInt8[Tensor, "B H2 W2 3"], noise: Float[Tensor, "B C *S"]
+    ) -> Float[Tensor, "B C *S"]:
         inputs = (pixels.float() / 127.5 - 1).permute(0, 3, 1, 2).to(self.vae.dtype)
         with self._at_work(self.vae):
             return self._scaled(self.config.encoded(self.vae, inputs, noise))

@@ -13,20 +13,20 @@ Combine = Callable[[Tensor, Tensor, float], Tensor]  # (unconditional, condition
 
 
 def extrapolated(
-    unconditional: Float[Tensor, "B C H W"], conditional: Float[Tensor, "B C H W"], guidance_scale: float
-) -> Float[Tensor, "B C H W"]:
+    unconditional: Float[Tensor, "B C *S"], conditional: Float[Tensor, "B C *S"], guidance_scale: float
+) -> Float[Tensor, "B C *S"]:
     """Return u + w (c − u)."""
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def guided(
     predict: Predict,
-    latents: Float[Tensor, "B C H W"],
+    latents: Float[Tensor, "B C *S"],
     timesteps: Num[Tensor, "B"],
     conditioning: dict[str, Tensor],
     guidance_scale: float | None,
     combine: Combine = extrapolated,
-) -> Float[Tensor, "B C H W"]:
+) -> Float[Tensor, "B C *S"]:
     """Predict both branches in one batch and combine them in float32.
 
     Without a `guidance_scale` only the prompt's branch is computed, and returned as the network gives it. A family whose
@@ -35,7 +35,7 @@ def guided(
     if guidance_scale is None:
         return predict(latents, timesteps, _positive(conditioning))
     joined = {name.removeprefix(BOTH): rows for name, rows in join_branches(conditioning).items()}
-    both = predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), joined)
+    both = predict(latents.repeat(2, *[1] * (latents.ndim - 1)), timesteps.repeat(2), joined)
     unconditional, conditional = both.float().chunk(2)
     return combine(unconditional, conditional, guidance_scale)
 

@@ -12,7 +12,10 @@ class OptionalMethods:
     # Input images that `encode` reads beside a prompt, as its second argument: ("image",) or ("image", "mask").
     reads_inputs: tuple[str, ...] = ()
 
-    def decode_pixels(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 H2 W2"]:
+    num_frames: int = 1  # of what `decode` gives: above 1 it is a video, with an axis of frames
+    frame_rate: float = 1.0  # a video's frames a second
+
+    def decode_pixels(self, latents: Float[Tensor, "B C *S"]) -> Float[Tensor, "B 3 H2 W2"]:
         """Return the images of final latents with gradients, in float32 from 0 to 1. `decode` rounds the same numbers.
 
         Raises:
@@ -24,8 +27,8 @@ class OptionalMethods:
         )
 
     def encode_images(
-        self, pixels: UInt8[Tensor, "B H2 W2 3"], noise: Float[Tensor, "B C H W"]
-    ) -> Float[Tensor, "B C H W"]:
+        self, pixels: UInt8[Tensor, "B H2 W2 3"], noise: Float[Tensor, "B C *S"]
+    ) -> Float[Tensor, "B C *S"]:
         """Return final latents that `decode` makes these images of. A family with it has `takes_images = True`.
 
         Args:

@@ -43,7 +43,7 @@ class Policy(OptionalMethods, ABC):
     device: str
     num_steps: int
     num_train_timesteps: int  # of the model's own schedule
-    latent_shape: tuple[int, int, int]  # C, H, W of one image's latents
+    latent_shape: tuple[int, ...]  # C, H, W of an image's latents, or C, F, H, W of a video's
     guided_above: float = 1.0  # the largest guidance scale with which the network runs once a step
     merged: MergedAdapters | None = None  # a sampler's, where the recipe has them merged
     graphed: GraphedNetwork | None = None  # the network, if it is replayed as CUDA graphs
@@ -99,7 +99,7 @@ class Policy(OptionalMethods, ABC):
         Only a family that `reads_inputs` gets `inputs`, a row per prompt; without, it takes black ones, to be tried.
         """
 
-    def initial_latents(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    def initial_latents(self, noise: Float[Tensor, "B C *S"]) -> Float[Tensor, "B C *S"]:
         """Return the latents where a trajectory starts. In most families this is the standard normal `noise` itself."""
         return noise
 
@@ -117,7 +117,7 @@ class Policy(OptionalMethods, ABC):
     @abstractmethod
     def transition(
         self,
-        latents: Float[Tensor, "B C H W"],
+        latents: Float[Tensor, "B C *S"],
         steps: Int[Tensor, "B"],
         conditioning: Conditioning,
         stochastic: bool = True,
@@ -143,8 +143,8 @@ class Policy(OptionalMethods, ABC):
         )
 
     def predict(
-        self, latents: Float[Tensor, "B C H W"], timesteps: Tensor, conditioning: Conditioning
-    ) -> Float[Tensor, "B C H W"]:
+        self, latents: Float[Tensor, "B C *S"], timesteps: Tensor, conditioning: Conditioning
+    ) -> Float[Tensor, "B C *S"]:
         """Return the network's guided output, of which a schedule makes a step.
 
         Args:
@@ -157,11 +157,11 @@ class Policy(OptionalMethods, ABC):
     @abstractmethod
     def denoise(
         self,
-        clean_latents: Float[Tensor, "B C H W"],
-        noise: Float[Tensor, "B C H W"],
+        clean_latents: Float[Tensor, "B C *S"],
+        noise: Float[Tensor, "B C *S"],
         timesteps: Int[Tensor, "B"],
         conditioning: Conditioning,
-    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
+    ) -> tuple[Float[Tensor, "B C *S"], Float[Tensor, "B C *S"]]:
         """Run the network, guided as in sampling, on clean latents noised to `timesteps`.
 
         Returns:
@@ -186,7 +186,7 @@ class Policy(OptionalMethods, ABC):
         return step_sizes(getattr(self, "steps", None), type(self).__name__)
 
     @abstractmethod
-    def decode(self, latents: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B H2 W2 3"]:
+    def decode(self, latents: Float[Tensor, "B C *S"]) -> UInt8[Tensor, "B *F H2 W2 3"]:
         """Return the images of final latents."""
 
     @abstractmethod

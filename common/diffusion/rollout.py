@@ -145,8 +145,8 @@ def encoded_prompts(
 
 
 def _starts(
-    sampling: SamplingTable, seeds: list[int], latents: Float[Tensor, "B T1 C H W2"]
-) -> tuple[Int[Tensor, "B"], Float[Tensor, "B C H W2"]] | tuple[()]:
+    sampling: SamplingTable, seeds: list[int], latents: Float[Tensor, "B T1 C *S"]
+) -> tuple[Int[Tensor, "B"], Float[Tensor, "B C *S"]] | tuple[()]:
     """Return where the learner begins again, and the latents there; nothing if the recipe needs no gradients of rewards."""
     if sampling.backprop_steps is None:
         return ()
@@ -165,7 +165,7 @@ def _trained_steps(
 
 
 def _without_noise(
-    steps: SampledSteps, start: Float[Tensor, "B C H W"], rows: Conditioning, noise: Float[Tensor, "B C H W"]
+    steps: SampledSteps, start: Float[Tensor, "B C *S"], rows: Conditioning, noise: Float[Tensor, "B C *S"]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Take all steps without noise. Sample one stochastic step aside, whose log-prob proves which weights sampled.
 
@@ -206,7 +206,7 @@ def _in_runs(
 
 def _prefix_latents(
     policy: Policy, steps: SampledSteps, rows: Conditioning, prefix: SharedPrefix, run: range, dtype: torch.dtype
-) -> Float[Tensor, "B C H W"]:
+) -> Float[Tensor, "B C *S"]:
     """Take the steps before the window once per group. Return the latents that each image continues from."""
     seeds = list(dict.fromkeys(prefix.seeds))
     batch = seeds + seeds[:1] * (prefix.groups - len(seeds))
@@ -220,8 +220,8 @@ def _prefix_latents(
 
 
 def _latents_of(
-    latents: Float[Tensor, "B T1 C H W2"], steps: Int[Tensor, "B W"], on_device: Int[Tensor, "B W"]
-) -> tuple[Float[Tensor, "B W C H W2"], Float[Tensor, "B W C H W2"]]:
+    latents: Float[Tensor, "B T1 C *S"], steps: Int[Tensor, "B W"], on_device: Int[Tensor, "B W"]
+) -> tuple[Float[Tensor, "B W C *S"], Float[Tensor, "B W C *S"]]:
     """Return the latents before and after each trained step; views, if all images train the same run of steps.
 
     Args:

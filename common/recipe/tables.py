@@ -130,6 +130,10 @@ class RewardTable(ComponentTable):
     """Factor of this reward in the aggregation. With a negative weight, a lower score is better."""
     floor: float | None = None
     """Lowest acceptable score. Images below it rank under all others, whatever the other rewards say."""
+    frames: Literal["mean", "minimum", "last"] = "mean"
+    """Score of a video family's clip from the scores of its frames: their mean, their minimum, or the last frame's."""
+    scored_frames: int | None = Field(default=None, ge=1)
+    """Frames of a clip that are scored, at equal distances. By default all."""
     workers: RewardPoolTable | None = None
     """Reward workers of this reward alone. By default those of `[reward_workers]` score it."""
 
@@ -137,6 +141,12 @@ class RewardTable(ComponentTable):
     def called(self) -> str:
         """Return the label, else the name; of `module:Class`, the class's."""
         return self.label or self.name.rpartition(":")[2]
+
+    @model_validator(mode="after")
+    def _the_last_frame_is_one(self) -> "RewardTable":
+        if self.frames == "last" and self.scored_frames is not None:
+            raise ValueError(f"frames is 'last' and scored_frames {self.scored_frames}: give one of the two")
+        return self
 
 
 class AggregationTable(Table):

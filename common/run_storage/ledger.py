@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
-from jaxtyping import UInt8
 
+from ray_ddpo.common.clips import Pixels, posters
 from ray_ddpo.common.prompts import metadata_as_json
 from ray_ddpo.common.recipe.tables import RolloutsTable
 from ray_ddpo.common.run_storage.png import png
@@ -32,7 +32,7 @@ COLUMNS = {
     "seed": pa.int64(),
     "policy_version": pa.int64(),
     "fingerprint": pa.string(),  # of the weights that sampled it
-    "image_fingerprint": pa.string(),  # of the pixels
+    "image_fingerprint": pa.string(),  # of the pixels, of a clip's in all frames
     "sampled_by": pa.string(),
     "sampled_on": pa.string(),  # processor or GPU, and library versions
     "scored_on": pa.string(),  # the reward workers' machines, separated by semicolons
@@ -76,9 +76,12 @@ class Ledger:
         batch: TrainBatch,
         rollouts: list[Rollout],
         weights: dict[str, float],
-        images: list[UInt8[np.ndarray, "B H W 3"]] | None = None,
+        images: list[Pixels] | None = None,
     ) -> None:
-        """Write a round's rows, if the recipe keeps them, with images and each reward's weight by name."""
+        """Write a round's rows, if the recipe keeps them, with images and each reward's weight by name.
+
+        The image of a clip is its poster. Its fingerprint is of all frames.
+        """
         if not self._table.keep:
             return
         columns = {**_sampling_columns([each.report for each in rollouts]), **_reward_columns(rollouts, weights)}
@@ -100,7 +103,7 @@ class Ledger:
             columns["metadata"], types["metadata"] = metadata_as_json(prompts), pa.string()
         table = pa.table({name: pa.array(columns[name], kind, from_pandas=True) for name, kind in types.items()})
         if images is not None and self.wants_images(batch.round):
-            table = table.append_column("pixels", pa.array([png(image) for task in images for image in task]))
+            table = table.append_column("pixels", pa.array([png(image) for task in images for image in posters(task)]))
         table = table.replace_schema_metadata({ABOUT: json.dumps(self._about)})
         buffer = io.BytesIO()
         parquet.write_table(table, buffer)

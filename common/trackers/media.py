@@ -1,17 +1,20 @@
-"""Media that a run shows besides its metrics: images with captions, tables and histograms, as plain values."""
+"""Media that a run shows besides its metrics: images and clips with captions, tables and histograms, as plain values."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Shaped
+
+from ray_ddpo.common.clips import ImageOrClip
 
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image with a caption."""
+    """An image or a clip with a caption."""
 
-    pixels: UInt8[np.ndarray, "H W 3"]
+    pixels: ImageOrClip
     caption: str = ""
+    frame_rate: float | None = None  # of a clip, in frames a second
 
 
 Cell = int | float | str | CaptionedImage

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from ray_ddpo.common.trackers.media import CaptionedImage, Cell, Media, ShownTable
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
+from ray_ddpo.common.video_files import gif, playable
 
 FOLDER = "tensorboard"
 
@@ -42,12 +43,11 @@ class EventFiles(LiveTracker):
         self._writer.flush()
 
     def show(self, media: Media) -> None:
-        """Add images with their captions, tables and histograms."""
+        """Add images and clips with their captions, tables and histograms."""
         step = media.round
         for panel, images in media.images.items():
             for number, image in enumerate(images):
-                tag = f"images/{panel}/{number:02d}"
-                self._writer.add_image(tag, image.pixels, global_step=step, dataformats="HWC")
+                self._add(f"images/{panel}/{number:02d}", image, step)
             rows = tuple((f"{number:02d}", image.caption) for number, image in enumerate(images))
             captions = ShownTable(("image", "caption"), rows)
             self._writer.add_text(f"captions/{panel}", markdown(captions), global_step=step)
@@ -55,6 +55,20 @@ class EventFiles(LiveTracker):
             self._writer.add_text(f"tables/{panel}", markdown(table), global_step=step)
         for name, values in media.countable.items():
             self._writer.add_histogram(f"histograms/{name}", values, global_step=step)
+
+    def _add(self, tag: str, image: CaptionedImage, step: int) -> None:
+        """Add an image, or a clip as an animated GIF, as `add_video` does with moviepy."""
+        if image.frame_rate is None:
+            self._writer.add_image(tag, image.pixels, global_step=step, dataformats="HWC")
+            return
+        # The module creates its types at run time.
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        clip = playable(image.pixels)
+        height, width = clip.shape[1:3]
+        data = gif(clip, image.frame_rate)
+        shown = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=shown)]), step)
 
     def finish(self) -> None:
         self._writer.close()

@@ -3,6 +3,7 @@
 wandb's local files are protobuf records in LevelDB's log format, from which a resumed run reads the logged rounds.
 """
 
+import io
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.trackers.media import CaptionedImage, Media
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
+from ray_ddpo.common.video_files import mp4
 
 NAME = "wandb"
 FOLDER = "wandb"  # wandb's own choice
@@ -154,18 +156,21 @@ def as_wandb_has_it(media: Media) -> dict[str, Any]:
 
     shown: dict[str, Any] = {}
     for panel, images in media.images.items():
-        shown[f"images/{panel}"] = [_image(image) for image in images]
+        shown[f"images/{panel}"] = [_shown(image) for image in images]
     for panel, table in media.tables.items():
-        rows = [[_image(cell) if isinstance(cell, CaptionedImage) else cell for cell in row] for row in table.rows]
+        rows = [[_shown(cell) if isinstance(cell, CaptionedImage) else cell for cell in row] for row in table.rows]
         shown[f"tables/{panel}"] = wandb.Table(columns=list(table.columns), data=rows)
     for name, values in media.countable.items():
         shown[f"histograms/{name}"] = wandb.Histogram(np_histogram=np.histogram(values, bins=BINS))
     return shown
 
 
-def _image(image: CaptionedImage) -> Any:
+def _shown(image: CaptionedImage) -> Any:
+    """Return an image, or a clip as an mp4 file, which wandb does not encode again."""
     import wandb
 
+    if image.frame_rate is not None:
+        return wandb.Video(io.BytesIO(mp4(image.pixels, image.frame_rate)), caption=image.caption or None, format="mp4")
     # For an array wandb would guess whether to rescale its values.
     return wandb.Image(PIL.Image.fromarray(image.pixels), caption=image.caption or None)
 

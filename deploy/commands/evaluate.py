@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from ray_ddpo.common.base_parts import Base
+from ray_ddpo.common.clips import mosaic
 from ray_ddpo.common.metrics.statistics import in_errors, paired_change
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import weights_here
+from ray_ddpo.common.video_files import mp4
 from ray_ddpo.deploy.commands.report.images import COLUMNS, rows_image
 from ray_ddpo.deploy.commands.report.scores import headline, share_kept
 from ray_ddpo.deploy.commands.settings import differing_settings, kept_settings, settings_in_words
@@ -29,6 +31,9 @@ from ray_ddpo.deploy.evaluation.eval_result import WEIGHTED_SUM, EvalResult, Eva
 OUTPUT = "evaluation"  # the default folder; if it holds a result, evaluation-2 and so on
 PRETRAINED = "pretrained"  # the model before any training
 STATS, ROWS, IMAGES = FILES = ("evaluation.json", "images.parquet", "images.png")
+CLIPS = "images.mp4"  # of a family of video: the clips whose posters are in IMAGES, in the same places
+CLIPS_BYTES = 20_000_000
+CLIPS_EDGE = 1920  # pixels
 
 
 def evaluate(
@@ -64,7 +69,8 @@ def evaluate(
     compared_images = f"{len(baseline.seeds)} held-out images, same prompts and noise, against {against}"
     tables = [in_words(location, scores) for location, scores in compared.items()]
     lines = [compared_images, settings_in_words(settings), *differing, *tables, "look at:"]
-    return "\n".join([*lines, *(f"  {output / name}" for name in (IMAGES, ROWS, STATS))])
+    shown = (*((CLIPS,) if (output / CLIPS).exists() else ()), IMAGES, ROWS, STATS)
+    return "\n".join([*lines, *(f"  {output / name}" for name in shown)])
 
 
 def new_output(asked: str | None, weights: list[str], default: str, files: Sequence[str]) -> Path:
@@ -162,4 +168,7 @@ def _write(output: Path, found: dict[str, EvalResult], stats: dict[str, Any]) ->
     tables = [images_table(location, result, len(result.seeds)) for location, result in found.items()]
     parquet.write_table(pa.concat_tables(tables), output / ROWS)
     rows = [(location, list(result.pixels[:COLUMNS]), "black") for location, result in found.items()]
+    if (rate := next(iter(found.values())).frame_rate) is not None:
+        shown = mosaic([result.pixels[:COLUMNS] for result in found.values()])
+        (output / CLIPS).write_bytes(mp4(shown, rate, CLIPS_BYTES, CLIPS_EDGE))
     rows_image(rows, output / IMAGES, [prompt.text for prompt in next(iter(found.values())).prompts[:COLUMNS]])

@@ -1,4 +1,4 @@
-"""ddpo sample: sample images with a run's weights, as PNGs."""
+"""ddpo sample: sample images with a run's weights, as PNGs, or clips as mp4 files beside their posters."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from ray_ddpo.actors.evaluation.eval_set import decoded
+from ray_ddpo.common.clips import is_clip, poster
 from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.diffusion.prompt_lengths import print_cut_prompts
 from ray_ddpo.common.diffusion.rollout import evaluation_window, inputs_of, sample_trajectories
@@ -13,6 +14,7 @@ from ray_ddpo.common.input_images import check_inputs, with_inputs
 from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.run_storage.run_folder import weights_here
+from ray_ddpo.common.video_files import mp4
 from ray_ddpo.deploy.commands.settings import differing_settings
 from ray_ddpo.deploy.commands.weights.given_base import check_given
 from ray_ddpo.deploy.commands.weights.given_weights import default_output, load_policy, recipe_of, refuse_output_file
@@ -30,7 +32,7 @@ def sample(
     overrides: list[str],
     inputs: Mapping[str, str | None] | None = None,
 ) -> Iterator[Path]:
-    """Sample one image per prompt and yield the path of each as it is written.
+    """Sample one image per prompt and yield the path of each as it is written, of a clip after its poster's.
 
     Args:
         weights: a run's folder, or a LoRA's file or folder.
@@ -64,8 +66,12 @@ def sample(
         path = folder / f"{index:03d}-{_file_name(prompt)}-seed{seed + index}.png"
         if path.exists():
             print_line(f"{path} was there and is replaced")
-        Image.fromarray(decoded(policy, trajectory, [prompt])[0]).save(path)
+        sampled = decoded(policy, trajectory, [prompt])[0]
+        Image.fromarray(poster(sampled)).save(path)
         yield path
+        if is_clip(sampled):
+            path.with_suffix(".mp4").write_bytes(mp4(sampled, policy.frame_rate))
+            yield path.with_suffix(".mp4")
 
 
 def _edited(policy: Policy, texts: Sequence[str], files: dict[str, str]) -> list[Prompt]:

@@ -49,12 +49,13 @@ def image_settings(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 def kept_settings(components: Components, images: EvalResult) -> dict[str, Any]:
     """Return the settings to save with a result: these keys, the size in pixels, and the seeds with their origin."""
-    height, width = images.pixels.shape[1:3]
+    *frames, height, width, _ = images.pixels.shape[1:]
     evaluation = components.recipe.evaluation
     return {
         **image_settings(components.resolved()),
         "width": width,
         "height": height,
+        **({"frames": frames[0], "frame_rate": images.frame_rate} if frames else {}),
         "images": len(images.seeds),
         "evaluation.seed": evaluation.seed,
         "evaluation.split": evaluation.split,

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from ray_ddpo.actors.rewards import REWARDS
+from ray_ddpo.actors.rewards.frames import FrameScoring
 from ray_ddpo.actors.rewards.reward import Reward
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.policy import PolicyConfig
@@ -23,6 +24,7 @@ from ray_ddpo.common.runtime import undisturbed
 from ray_ddpo.common.trackers import TRACKERS
 from ray_ddpo.common.trackers.tracker import Tracker
 from ray_ddpo.common.user_code.blame import call_if_own
+from ray_ddpo.deploy.driver.clip_checks import check_clips, check_video_package
 from ray_ddpo.deploy.driver.given_image_checks import check_given_images
 from ray_ddpo.deploy.driver.input_image_checks import check_input_images
 from ray_ddpo.deploy.driver.reward_gradients import check_reward_gradients
@@ -83,6 +85,12 @@ class Components:
         return {name: (self.rewards | self.scorers)[name] for name in pool.rewards}
 
     @property
+    def frame_scoring(self) -> dict[str, FrameScoring]:
+        """Return how each reward and scorer scores the frames of a clip, by name."""
+        tables = (*self.recipe.all_rewards, *self.recipe.evaluation.scorers)
+        return {table.called: FrameScoring.of(table) for table in tables}
+
+    @property
     def reward_range(self) -> RewardRange | None:
         """The range of the weighted sum of the rewards; None if one of them has no bound."""
         ranges = {name: reward.score_range for name, reward in self.rewards.items()}
@@ -133,6 +141,8 @@ def build_components(recipe: Recipe, given: Given = NOTHING_GIVEN, used: Collect
     """
     components = components_of(recipe, given, trains="learner" in used)
     check_packages(components, used)
+    if "reward" in used:
+        check_clips(recipe, components.policy, components.algorithm, components.rewards | components.scorers)
     call_if_own(components.policy, POLICIES, "check")
     components.policy.lora_files()
     check_held_out_steps(recipe, components.policy)
@@ -156,6 +166,7 @@ def check_packages(components: Components, used: Collection[str] = TRAINING) -> 
     for place, component in components.by_place().items():
         if place.partition(".")[0] in used:
             require_packages(f"the recipe's {place}", *component.required_packages)
+    check_video_package(components.policy)
     if "learner" in used:
         check_optimizer(components.recipe.learner)
 

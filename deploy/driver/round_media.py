@@ -1,30 +1,34 @@
 """Media of a round for trackers: first images with their rewards, a table of prompts, and histograms."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from ray_ddpo.common.trackers.media import CaptionedImage, Media, ShownTable
 from ray_ddpo.common.trajectory import ImageBatch, Rollout, TrainBatch
 
 PANEL = "round"
 COLUMNS = ("prompt", "images", "reward_mean", "reward_std", "advantage_mean", "advantage_std")
-Pixels = UInt8[np.ndarray, "H W 3"]
 
 
 def first_images(
     rollouts: list[Rollout], count: int, fetch: Callable[[Rollout], ImageBatch | None]
-) -> dict[int, Pixels]:
-    """Return a round's first `count` images by their number. Only their tasks are fetched; lost images are left out."""
-    found: dict[int, Pixels] = {}
+) -> dict[int, CaptionedImage]:
+    """Return a round's first `count` images, or clips, by their number, without captions.
+
+    Only their tasks are fetched. Lost images are left out.
+    """
+    found: dict[int, CaptionedImage] = {}
     first = 0
     for rollout in rollouts:
         if first >= count:
             break
         images = fetch(rollout)
         if images is not None:
-            found |= {first + row: pixels.copy() for row, pixels in enumerate(images.pixels[: count - first])}
+            shown = enumerate(images.pixels[: count - first])
+            found |= {first + row: CaptionedImage(each.copy(), frame_rate=images.frame_rate) for row, each in shown}
         first += len(rollout.report.task.seeds)
     return found
 
@@ -33,7 +37,7 @@ def round_media(
     batch: TrainBatch,
     rollouts: list[Rollout],
     weights: dict[str, float],
-    images: dict[int, Pixels],
+    images: dict[int, CaptionedImage],
     log_ratios: Float[np.ndarray, "N"],
 ) -> Media:
     """Return the media of a round. Dropped images are left out of table and histograms.
@@ -54,8 +58,8 @@ def round_media(
     if len(scores) > 1:
         histograms |= {f"reward/{name}": values[kept] for name, values in scores.items()}
     shown = tuple(
-        CaptionedImage(pixels, _caption(prompts[image], reward[image], batch.advantages[image]))
-        for image, pixels in images.items()
+        replace(each, caption=_caption(prompts[image], reward[image], batch.advantages[image]))
+        for image, each in images.items()
     )
     table = ShownTable(COLUMNS, _rows(np.array(prompts)[kept], reward[kept], batch.advantages[kept]))
     return Media(batch.round, {PANEL: shown} if shown else {}, {PANEL: table}, histograms)

@@ -111,7 +111,8 @@ def serial_workers(components: Components, supervision: Supervision, base: Loade
 
 def _serial_pool(components: Components, pool: RewardPool, base: LoadedBase) -> SerialPool:
     with starting(_in_words(pool)):
-        worker = RewardWorker(components.rewards_of(pool), pool.table, components.recipe.runtime, tried=True)
+        frames = components.frame_scoring
+        worker = RewardWorker(components.rewards_of(pool), pool.table, components.recipe.runtime, True, frames)
     base.take(_in_words(pool), worker.loaded_parts())
     return SerialPool(worker, pool.table, pool.trains)
 
@@ -215,7 +216,8 @@ def _samplers(
 def _reward_workers(components: Components, pool: RewardPool, budget: RestartBudget, lines: DeathLines) -> ScoringPool:
     recipe, rewards = components.recipe, components.rewards_of(pool)
     name = pool.name.replace("reward_workers", "reward-worker").replace(".", "-") if pool.trains else "scorer"
-    make = _maker(RewardWorker, name, pool.table, recipe, (rewards, pool.table, recipe.runtime, True), _in_words(pool))
+    keys = (rewards, pool.table, recipe.runtime, True, components.frame_scoring)
+    make = _maker(RewardWorker, name, pool.table, recipe, keys, _in_words(pool))
     independent = all(reward.independent_of_batch for reward in rewards.values())
     workers = WorkerPool(pool.name, "reward_worker" if pool.trains else "scorer", make, pool.table.count, budget)
     return ScoringPool(_reporting(lines, name, workers), pool.rewards, pool.table, independent, pool.trains)

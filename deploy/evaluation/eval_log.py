@@ -2,18 +2,21 @@
 
 import io
 import json
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.parquet as parquet
-from jaxtyping import UInt8
 
+from ray_ddpo.common.clips import Clip, Image, poster
 from ray_ddpo.common.prompts import metadata_as_json
 from ray_ddpo.common.reading import parquet_table, reading
 from ray_ddpo.common.run_storage.png import from_png, png
 from ray_ddpo.common.run_storage.reading import read_json_lines
 from ray_ddpo.common.run_storage.storage import Storage, Unwritten
+from ray_ddpo.common.video_files import frames_of, mp4
 from ray_ddpo.deploy.evaluation.eval_result import EvalResult, LogEntry
 
 ENTRIES = "evaluations.jsonl"
@@ -23,15 +26,15 @@ REPORTED = ("policy_version", "scores", "alarms", "image_statistics")  # keys th
 
 
 def images_table(variant: str, result: EvalResult, num_pixels: int) -> pa.Table:
-    """Return a table with one row an image.
+    """Return a table with one row an image, or a clip with its poster as `pixels`.
 
     Args:
         variant: the weights that the images were sampled with, for a column of this name.
         result: images and scores.
-        num_pixels: the number of images whose pixels are kept, the first ones.
+        num_pixels: the number of images or clips that are kept, the first ones.
     """
     count = len(result.seeds)
-    shown = [png(pixels) if image < num_pixels else None for image, pixels in enumerate(result.pixels)]
+    shown = [png(poster(each)) if image < num_pixels else None for image, each in enumerate(result.pixels)]
     columns = {
         "variant": pa.array([variant] * count),
         "image": pa.array(range(count), pa.int32()),
@@ -39,6 +42,9 @@ def images_table(variant: str, result: EvalResult, num_pixels: int) -> pa.Table:
         "seed": pa.array(result.seeds, pa.int64()),
         "pixels": pa.array(shown, pa.binary()),
     }
+    if (rate := result.frame_rate) is not None:
+        clips = [mp4(each, rate) if image < num_pixels else None for image, each in enumerate(result.pixels)]
+        columns["clip"] = pa.array(clips, pa.binary())
     if any(prompt.metadata for prompt in result.prompts):
         columns["metadata"] = pa.array(metadata_as_json(result.prompts), pa.string())
     scores = {
@@ -93,11 +99,20 @@ class EvalLog:
         data = self._unwritten.read(self._storage, _file(policy_version))
         return parquet_table(data, f"{self._storage.location}/{_file(policy_version)}", ("variant", "pixels"))
 
-    def images(self, policy_version: int) -> list[UInt8[np.ndarray, "H W 3"]]:
-        """Return a version's images whose pixels were kept, the first ones."""
-        kept = [data for data in self._current(policy_version)["pixels"].to_pylist() if data is not None]
+    def images(self, policy_version: int) -> list[Image]:
+        """Return a version's images, or posters of clips, that were kept, the first ones."""
+        return self._kept(policy_version, "pixels", from_png)
+
+    def clips(self, policy_version: int) -> list[Clip]:
+        """Return a version's clips that were kept, as their files have them; none of a family of images."""
+        return self._kept(policy_version, "clip", frames_of)
+
+    def _kept(self, policy_version: int, column: str, read: Callable[[bytes], Any]) -> list[Any]:
+        rows = self._current(policy_version)
+        if column not in rows.column_names:
+            return []
         with reading(f"{self._storage.location}/{_file(policy_version)}"):
-            return [from_png(data) for data in kept]
+            return [read(data) for data in rows[column].to_pylist() if data is not None]
 
     def scores(self, policy_version: int) -> dict[str, np.ndarray]:
         """Return the scores of a version's images by reward and scorer; NaN if an image has no score."""

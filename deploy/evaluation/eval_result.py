@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 
 from ray_ddpo.actors.evaluation.eval_set import EvalSet, build_eval_set, sample_eval_images
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.common.base_parts import Base
+from ray_ddpo.common.clips import Pixels, are_clips
 from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.diffusion.prompt_lengths import print_cut_prompts
 from ray_ddpo.common.input_images import without_places
@@ -40,9 +40,10 @@ class EvalResult:
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
     scores: dict[str, np.ndarray]  # by reward and scorer, [N]; NaN if an image has no score
-    pixels: UInt8[np.ndarray, "N H W 3"]
+    pixels: Pixels
     without_image: frozenset[int] = frozenset()  # rows that could not be sampled; their pixels are black
     usage: dict[str, float] = field(default_factory=dict)  # what scoring cost, by reward and count
+    frame_rate: float | None = None  # of clips, in frames a second
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ class EvalComparison:
     """The same held-out images under the pretrained weights and under a run's weights."""
 
     chosen: EvalSet
-    before: UInt8[np.ndarray, "N H W 3"]
-    after: UInt8[np.ndarray, "N H W 3"]
+    before: Pixels
+    after: Pixels
     scores_before: dict[str, np.ndarray]  # by reward and scorer, [N]; WEIGHTED_SUM is among them
     scores_after: dict[str, np.ndarray]
+    frame_rate: float | None = None  # of clips, in frames a second
 
 
 class EvalScorer:
@@ -66,7 +68,8 @@ class EvalScorer:
         recipe = components.recipe
         self.chosen = build_eval_set(recipe.evaluation, components.prompts)
         self._sampling = recipe.held_out_sampling
-        self._worker = RewardWorker(components.rewards | components.scorers, recipe.reward_workers, recipe.runtime)
+        rewards, frames = components.rewards | components.scorers, components.frame_scoring
+        self._worker = RewardWorker(rewards, recipe.reward_workers, recipe.runtime, frames=frames)
         self._weights = components.aggregation.weights
         self._checked_lengths = False
 
@@ -95,7 +98,8 @@ class EvalScorer:
         self._checked_lengths = True
         pixels = sample_eval_images(policy, self.chosen, self._sampling, progress)
         scores = self._worker.score(ImageBatch(pixels, self.chosen.prompts)).rewards
-        return EvalResult(self.chosen.prompts, self.chosen.seeds, with_weighted_sum(scores, self._weights), pixels)
+        of_all, frame_rate = with_weighted_sum(scores, self._weights), policy.frame_rate if are_clips(pixels) else None
+        return EvalResult(self.chosen.prompts, self.chosen.seeds, of_all, pixels, frame_rate=frame_rate)
 
 
 def with_weighted_sum(scores: dict[str, np.ndarray], weights: dict[str, float]) -> dict[str, np.ndarray]:
@@ -111,13 +115,19 @@ def scorer_tables(recipe: Recipe) -> dict[str, RewardTable]:
 def eval_identity(recipe: Recipe, chosen: EvalSet) -> str:
     """Hash prompts, seeds, batches and scorers; results with different hashes cannot be compared."""
     table = recipe.evaluation
-    scorers = [scorer.model_dump(exclude={"workers"}) for scorer in table.scorers]
+    scorers = [_without_frames(scorer.model_dump(exclude={"workers"})) for scorer in table.scorers]
     sampled = [[prompt.text for prompt in chosen.prompts], list(chosen.seeds), table.batch_size, table.ema_decay]
     if table.own_sampling:
         sampled.append(table.own_sampling)
     if any(prompt.metadata for prompt in chosen.prompts):
         sampled.append([without_places(prompt.metadata) for prompt in chosen.prompts])
     return hashlib.sha256(json.dumps([sampled, scorers], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _without_frames(scorer: dict[str, Any]) -> dict[str, Any]:
+    """Leave the keys on frames out where they are as by default, as in runs before there were clips."""
+    defaults = {"frames": "mean", "scored_frames": None}
+    return {key: value for key, value in scorer.items() if key not in defaults or value != defaults[key]}
 
 
 def judge(

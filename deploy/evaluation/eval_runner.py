@@ -5,14 +5,16 @@ therefore decides alike for any number of samplers and after any resume.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from ray_ddpo.actors.evaluation.eval_set import build_eval_set
 from ray_ddpo.actors.evaluation.image_summary import image_summary
 from ray_ddpo.actors.rollouts.stream import RolloutStream
+from ray_ddpo.common.clips import ImageOrClip, is_clip
 from ray_ddpo.common.policy_versions import evaluation_round
 from ray_ddpo.common.policy_weights import PolicyWeights, averaged
 from ray_ddpo.common.print_line import print_line
@@ -22,6 +24,7 @@ from ray_ddpo.common.schedule import Stream, Task
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trackers.media import CaptionedImage, Media, ShownTable
 from ray_ddpo.common.trajectory import summed_usage
+from ray_ddpo.common.video_files import playable
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.driver.workers import Workers
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
@@ -187,7 +190,8 @@ class EvalRunner:
         entry |= {"set": self._identity, "best_version": self._best.policy_version}
         self._log.write(entry, variants, self._table.saved_images)
         reward_before = self._judged[0].stats.scores[WEIGHTED_SUM]
-        self._trackers.show(eval_media(round_index, current, self._log.images(0), reward_before))
+        before = self._log.clips(0) or self._log.images(0)
+        self._trackers.show(eval_media(round_index, current, before, reward_before))
         usage = summed_usage([result.usage for result in variants.values()])
         return eval_metrics(entry) | {f"evaluation/{name}": value for name, value in usage.items()}
 
@@ -217,8 +221,8 @@ class EvalRunner:
         missing = [row in report.dropped for report in reports for row in range(len(report.task.seeds))]
         without_image = frozenset(row for row, is_missing in enumerate(missing) if is_missing)
         usage = summed_usage([rollout.scores.usage for rollout in rollouts])
-        pixels_of_all = np.concatenate(pixels)
-        return EvalResult(self._eval_set.prompts, self._eval_set.seeds, scores, pixels_of_all, without_image, usage)
+        of_all, rate = np.concatenate(pixels), images[0].frame_rate if images[0] else None
+        return EvalResult(self._eval_set.prompts, self._eval_set.seeds, scores, of_all, without_image, usage, rate)
 
 
 class BestWeights:
@@ -265,25 +269,27 @@ class BestWeights:
 def eval_media(
     round_index: int,
     result: EvalResult,
-    before: list[UInt8[np.ndarray, "H W 3"]],
+    before: Sequence[ImageOrClip],
     reward_before: Float[np.ndarray, "N"],
 ) -> Media:
-    """Show a version's first images beside the pretrained model's images of the same noise.
+    """Show a version's first images, or clips, beside the pretrained model's of the same noise.
 
     Args:
         round_index: the round to show them at.
         result: the version's images and scores.
-        before: the pretrained model's first images; as many are shown.
+        before: the pretrained model's first images, or its clips as in a file; as many are shown.
         reward_before: the pretrained model's weighted rewards.
     """
     pairs, rows = [], []
     for image, earlier in enumerate(before):
         now, prompt, reward = result.pixels[image], result.prompts[image].text, result.scores[WEIGHTED_SUM][image]
+        now, rate = playable(now) if is_clip(now) else now, result.frame_rate
         caption = f"{prompt}: reward {reward:.4g} ({reward - reward_before[image]:+.3g})"
-        pairs.append(CaptionedImage(np.concatenate([earlier, now], axis=1), caption))
+        pairs.append(CaptionedImage(np.concatenate([earlier, now], axis=-2), caption, rate))
         scored = [float(values[image]) for values in result.scores.values()]
         # Seeds as text, because numbers of a web page are exact to 53 bits only.
-        rows.append((prompt, str(result.seeds[image]), CaptionedImage(earlier), CaptionedImage(now), *scored))
+        cells = (CaptionedImage(each, frame_rate=rate) for each in (earlier, now))
+        rows.append((prompt, str(result.seeds[image]), *cells, *scored))
     columns = ("prompt", "seed", "before", "now", *result.scores)
     scores = {f"{PANEL}/{name}": values[np.isfinite(values)] for name, values in result.scores.items()}
     if not pairs:

@@ -70,8 +70,8 @@ class AdvantageWeightedMatching(AveragedSampling):
 
     def noised_result(
         self,
-        predicted: Float[Tensor, "B C H W"],
-        target: Float[Tensor, "B C H W"],
+        predicted: Float[Tensor, "B C *S"],
+        target: Float[Tensor, "B C *S"],
         clean_scale: Float[Tensor, "B"],
         batch: NoisedBatch,
     ) -> TransitionLoss:

@@ -81,8 +81,8 @@ class CoupledForwardProcess(AveragedSampling, ABC):
 
     def noised_result(
         self,
-        predicted: Float[Tensor, "B C H W"],
-        target: Float[Tensor, "B C H W"],
+        predicted: Float[Tensor, "B C *S"],
+        target: Float[Tensor, "B C *S"],
         clean_scale: Float[Tensor, "B"],
         batch: NoisedBatch,
     ) -> TransitionLoss:
@@ -98,7 +98,7 @@ class CoupledForwardProcess(AveragedSampling, ABC):
         return TransitionLoss(sum_of(terms), clipped=clipped if self.clips else None, agrees=agrees, terms=terms)
 
     def other_terms(
-        self, predicted: Float[Tensor, "B C H W"], clipped: Float[Tensor, "B"], batch: NoisedBatch
+        self, predicted: Float[Tensor, "B C *S"], clipped: Float[Tensor, "B"], batch: NoisedBatch
     ) -> dict[str, Float[Tensor, "B"]]:
         """Return further parts of each row's loss, which are not coupled. By default none."""
         return {}

@@ -35,14 +35,14 @@ def steps_of(policy: Policy, given: str) -> DenoisingSteps:
     return steps
 
 
-def denoised_to_the_end(policy: Policy, batch: RestartBatch, recompute: bool = False) -> Float[Tensor, "B C H W"]:
+def denoised_to_the_end(policy: Policy, batch: RestartBatch, recompute: bool = False) -> Float[Tensor, "B C *S"]:
     """Return the final latents of `denoised`, without a comparison with the pretrained model."""
     return denoised(policy, batch, recompute, None)[0]
 
 
 def denoised(
     policy: Policy, batch: RestartBatch, recompute: bool, compared: DenoisingSteps | None
-) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B"] | None]:
+) -> tuple[Float[Tensor, "B C *S"], Float[Tensor, "B"] | None]:
     """Take each row's steps from its start to the last, with gradients.
 
     This is backpropagation through the sampling process, truncated before `batch.starts` (DRaFT-K, arXiv 2309.17400,
@@ -81,7 +81,7 @@ def _step(
     index: Tensor | None,
     recompute: bool,
     compared: DenoisingSteps | None,
-) -> tuple[Float[Tensor, "R C H W"], Float[Tensor, "R"] | None]:
+) -> tuple[Float[Tensor, "R C *S"], Float[Tensor, "R"] | None]:
     """Take one step of the rows of `index`, or of all rows, as the sampler takes it."""
     conditioning, noise = batch.conditioning, batch.noise.get(step)
     if index is not None:
@@ -106,13 +106,13 @@ def _step(
 @torch.no_grad()
 def pretrained_prediction(
     policy: Policy, table: DenoisingSteps, latents: Tensor, steps: Tensor, conditioning: Conditioning
-) -> Float[Tensor, "R C H W"]:
+) -> Float[Tensor, "R C *S"]:
     """Return what the pretrained model predicts at these latents and steps, guided as in sampling."""
     with reference_policy(policy.network):
         return policy.predict(latents.detach(), table.timesteps[steps], conditioning)
 
 
-def prediction_shift(predicted: Float[Tensor, "R C H W"], reference: Tensor) -> Float[Tensor, "R"]:
+def prediction_shift(predicted: Float[Tensor, "R C *S"], reference: Tensor) -> Float[Tensor, "R"]:
     """Return ‖ε − ε_ref‖² per latent element: a step's KL up to a factor of its noise levels.
 
     Source: DRaFT+ (`calculate_gaussian_kl_penalty_shared_var` in NVIDIA's NeMo-Aligner). Unlike the KL, it also exists

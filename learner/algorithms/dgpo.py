@@ -72,7 +72,7 @@ class DirectGroupPreferenceOptimization(CoupledForwardProcess):
         return group_preference(compared, self.beta, self.clip_range)
 
     def other_terms(
-        self, predicted: Float[Tensor, "B C H W"], clipped: Float[Tensor, "B"], batch: NoisedBatch
+        self, predicted: Float[Tensor, "B C *S"], clipped: Float[Tensor, "B"], batch: NoisedBatch
     ) -> dict[str, Float[Tensor, "B"]]:
         if batch.reference_predictions is None:
             return {}

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.policy import PolicyConfig
-from ray_ddpo.common.diffusion.schedulers.denoising_steps import column
+from ray_ddpo.common.diffusion.transition import column
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import Column, NoisedBatch
 from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
@@ -51,14 +51,14 @@ class DiffusionNFT(AveragedSampling):
 
     def noised_terms(
         self,
-        predicted: Float[Tensor, "B C H W"],
-        target: Float[Tensor, "B C H W"],
+        predicted: Float[Tensor, "B C *S"],
+        target: Float[Tensor, "B C *S"],
         clean_scale: Float[Tensor, "B"],
         batch: NoisedBatch,
     ) -> dict[str, Float[Tensor, "B"]]:
         old = predicted.detach() if batch.old_predictions is None else batch.old_predictions
         # The paper's squared errors are of clean latents, whose error is the prediction's times this scale.
-        scale = column(clean_scale)
+        scale = column(clean_scale, predicted)
         terms = negative_aware_terms(scale * predicted, scale * old, scale * target, batch.weights, self.beta)
         terms = {name: self.advantage_clip * term for name, term in terms.items()}
         if batch.reference_predictions is not None:

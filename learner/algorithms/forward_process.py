@@ -40,8 +40,8 @@ class ForwardProcess(Algorithm, ABC):
 
     def noised_result(
         self,
-        predicted: Float[Tensor, "B C H W"],
-        target: Float[Tensor, "B C H W"],
+        predicted: Float[Tensor, "B C *S"],
+        target: Float[Tensor, "B C *S"],
         clean_scale: Float[Tensor, "B"],
         batch: NoisedBatch,
     ) -> TransitionLoss:
@@ -51,8 +51,8 @@ class ForwardProcess(Algorithm, ABC):
 
     def noised_terms(
         self,
-        predicted: Float[Tensor, "B C H W"],
-        target: Float[Tensor, "B C H W"],
+        predicted: Float[Tensor, "B C *S"],
+        target: Float[Tensor, "B C *S"],
         clean_scale: Float[Tensor, "B"],
         batch: NoisedBatch,
     ) -> dict[str, Float[Tensor, "B"]]:
@@ -64,7 +64,7 @@ class ForwardProcess(Algorithm, ABC):
         return {"denoising": self.noised_loss(predicted, target, batch)}
 
     def noised_loss(
-        self, predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"], batch: NoisedBatch
+        self, predicted: Float[Tensor, "B C *S"], target: Float[Tensor, "B C *S"], batch: NoisedBatch
     ) -> Float[Tensor, "B"]:
         """Return the loss of each sample. An algorithm overrides this method, `noised_terms` or `noised_result`."""
         raise NotImplementedError(f"{type(self).__name__} has neither noised_loss nor noised_terms")

@@ -49,15 +49,15 @@ def sum_of(terms: Mapping[str, Float[Tensor, "B"]]) -> Float[Tensor, "B"]:
     return functools.reduce(torch.add, terms.values())
 
 
-def squared_error(predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
+def squared_error(predicted: Float[Tensor, "B C *S"], target: Float[Tensor, "B C *S"]) -> Float[Tensor, "B"]:
     """Return the denoising loss of each image (Ho et al. 2020, eq. 14), mean over latent elements."""
     return (predicted - target).square().flatten(1).mean(1)
 
 
 def negative_aware_terms(
-    predicted: Float[Tensor, "B C H W"],
-    old: Float[Tensor, "B C H W"],
-    target: Float[Tensor, "B C H W"],
+    predicted: Float[Tensor, "B C *S"],
+    old: Float[Tensor, "B C *S"],
+    target: Float[Tensor, "B C *S"],
     optimality: Float[Tensor, "B"],
     beta: float,
 ) -> dict[str, Float[Tensor, "B"]]:

@@ -11,8 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
-from ray_ddpo.common.diffusion.schedulers.denoising_steps import column
-from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.diffusion.transition import Transition, column
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import Component
 from ray_ddpo.common.trajectory import Column, NoisedBatch, RestartBatch, TransitionBatch
@@ -131,7 +130,7 @@ class RatioStep:
     transition: Transition
     log_prob: Float[Tensor, "B"]
     old_log_prob: Float[Tensor, "B"]  # the ratio's denominator
-    old_means: Float[Tensor, "B C H W"]  # of the same policy; the current ones if the algorithm compares no means
+    old_means: Float[Tensor, "B C *S"]  # of the same policy; the current ones if the algorithm compares no means
     weight: Float[Tensor, "B"]  # importance weight
     advantages: Float[Tensor, "B"]
 
@@ -210,7 +209,7 @@ class RatioPolicyGradient(PolicyGradient, ABC):
         mask = self._drift_mask(transition, batch)
         if mask is not None:  # a masked transition has ratio 1 and no gradient
             log_prob = torch.where(mask > 0, log_prob, denominator)
-            old_means = torch.where(column(mask) > 0, old_means, transition.mean.detach())
+            old_means = torch.where(column(mask, old_means) > 0, old_means, transition.mean.detach())
         band = self.off_policy.importance_weight
         weight = None if band is None else importance_weight(denominator, batch.old_log_probs, band)
         found = self.surrogate(
@@ -237,7 +236,7 @@ class RatioPolicyGradient(PolicyGradient, ABC):
 
     def _ratios_denominator(
         self, log_prob: Float[Tensor, "B"], transition: Transition, batch: TransitionBatch
-    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B C H W"]]:
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B C *S"]]:
         """Return log-probs and means under the policy in the ratio's denominator."""
         own = transition.mean.detach()
         if self.off_policy.ratio == "behavior":

@@ -41,7 +41,7 @@ class ReFL(RewardGradient):
 
     def denoised(
         self, policy: Policy, batch: RestartBatch
-    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B"] | None]:
+    ) -> tuple[Float[Tensor, "B C *S"], Float[Tensor, "B"] | None]:
         """Return the clean latents that the network predicts at each row's own step (algorithm 1 of the paper)."""
         table, steps = (
             steps_of(policy, "algorithm.name is 'refl'"),

@@ -182,14 +182,14 @@ class RewardGradient(Algorithm, ABC):
 
     def denoised(
         self, policy: Policy, batch: RestartBatch
-    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B"] | None]:
+    ) -> tuple[Float[Tensor, "B C *S"], Float[Tensor, "B"] | None]:
         """Return the latents whose images are scored, by default those after the last step, with gradients.
 
         The second result is the mean difference from the pretrained model's predictions, if `kl_coef` is above 0.
         """
         return denoised(policy, batch, self.recompute, self.compared_steps(policy))
 
-    def rewards_of(self, policy: Policy, latents: Float[Tensor, "B C H W"], batch: RestartBatch) -> Float[Tensor, "B"]:
+    def rewards_of(self, policy: Policy, latents: Float[Tensor, "B C *S"], batch: RestartBatch) -> Float[Tensor, "B"]:
         """Decode latents and return the weighted sum of the rewards."""
         pixels = recomputed(policy.decode_pixels, latents) if self.recompute else policy.decode_pixels(latents)
         return weighted_sum(self._loaded, pixels, batch.prompts, batch.metadata)

@@ -28,6 +28,6 @@ class RewardWeightedRegression(ForwardProcess):
         return statistics, softmax_weights(rewards, groups, self.inverse_temperature)
 
     def noised_loss(
-        self, predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"], batch: NoisedBatch
+        self, predicted: Float[Tensor, "B C *S"], target: Float[Tensor, "B C *S"], batch: NoisedBatch
     ) -> Float[Tensor, "B"]:
         return batch.weights * squared_error(predicted, target)

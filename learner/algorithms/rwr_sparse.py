@@ -36,6 +36,6 @@ class SparseRewardWeightedRegression(ForwardProcess):
         return statistics, sparse_weights(statistics, prompts, rewards, self.percentile, self.min_count)
 
     def noised_loss(
-        self, predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"], batch: NoisedBatch
+        self, predicted: Float[Tensor, "B C *S"], target: Float[Tensor, "B C *S"], batch: NoisedBatch
     ) -> Float[Tensor, "B"]:
         return squared_error(predicted, target)

@@ -52,6 +52,6 @@ class SupervisedFineTuning(ForwardProcess):
         return statistics, best_of_groups(rewards, images_per_prompt, self.best)
 
     def noised_loss(
-        self, predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"], batch: NoisedBatch
+        self, predicted: Float[Tensor, "B C *S"], target: Float[Tensor, "B C *S"], batch: NoisedBatch
     ) -> Float[Tensor, "B"]:
         return squared_error(predicted, target)

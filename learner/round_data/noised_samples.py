@@ -59,7 +59,7 @@ class NoisedSamples:
         group, position = indices[:, 0] // self.compared_images, indices[:, 1]
         return group + position * self.num_images
 
-    def _timestep_and_noise(self, image: int, position: int, shape: torch.Size) -> tuple[int, Float[Tensor, "C H W"]]:
+    def _timestep_and_noise(self, image: int, position: int, shape: torch.Size) -> tuple[int, Float[Tensor, "C *S"]]:
         seed = self.seeds[image // self.compared_images * self.compared_images]
         word = np.random.SeedSequence([seed, _NOISING, position]).generate_state(1, np.uint64)[0]
         generator = torch.Generator("cpu").manual_seed(int(word) >> 1)

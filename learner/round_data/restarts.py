@@ -76,7 +76,7 @@ class Restarts:
 
     def _noise(
         self, indices: Int[Tensor, "B 2"], starts: tuple[int, ...], again: list[bool]
-    ) -> dict[int, Float[Tensor, "B C H W"]]:
+    ) -> dict[int, Float[Tensor, "B C *S"]]:
         """Return the noise of each stochastic step: the sampler's, or new noise of a restart from noised latents."""
         device, first = self.transitions.device, min(starts)
         steps = [step for step in range(first, self.num_steps) if step in self.stochastic]
@@ -90,12 +90,12 @@ class Restarts:
             rows.append(torch.stack(own))
         return {step: to_device(noise, device) for step, noise in zip(steps, torch.stack(rows, 1), strict=True)}
 
-    def _sampled(self, image: int, steps: list[int]) -> list[Float[Tensor, "C H W"]]:
+    def _sampled(self, image: int, steps: list[int]) -> list[Float[Tensor, "C *S"]]:
         """Return the noise that the sampler used in these steps. The image's first noise is its initial latents."""
         drawn = list(islice(image_noise([self.seeds[image]], self._shape), steps[-1] + 2))
         return [drawn[step + 1][0] for step in steps]
 
-    def _generated(self, image: int, position: int) -> Float[Tensor, "2 C H W"]:
+    def _generated(self, image: int, position: int) -> Float[Tensor, "2 C *S"]:
         """Return the noise that is added to final latents, and that of the last step."""
         word = np.random.SeedSequence([self.seeds[image], _NOISED_AGAIN, position]).generate_state(1, np.uint64)[0]
         generator = torch.Generator("cpu").manual_seed(int(word) >> 1)

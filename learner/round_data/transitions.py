@@ -87,7 +87,7 @@ class RoundTransitions:
 
     def gather(
         self, name: str, images: Int[Tensor, "B"], positions: Int[Tensor, "B"] | None = None
-    ) -> Float[Tensor, "B C H W"]:
+    ) -> Float[Tensor, "B C *S"]:
         """Copy latents of the trajectories to the device.
 
         Args:

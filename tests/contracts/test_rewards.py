@@ -107,9 +107,14 @@ def metadata(table: dict[str, Any], tmp_path: Path) -> list[dict[str, Any]]:
 def images(request: pytest.FixtureRequest) -> np.ndarray:
     """Return four images that differ in what the reward sees, read-only as from Ray's store."""
     table = request.getfixturevalue("table") if "table" in request.fixturenames else {"name": ""}
-    images = {"ocr": words, "geneval": circles}.get(table["name"], noise)()
+    images = as_it_takes(table["name"], {"ocr": words, "geneval": circles}.get(table["name"], noise)())
     images.flags.writeable = False
     return images
+
+
+def as_it_takes(name: str, images: np.ndarray) -> np.ndarray:
+    """Return the images, or clips that begin with them for a reward of clips."""
+    return np.stack([images, images // 2, 255 - images], axis=1) if name == "motion" else images
 
 
 def noise() -> np.ndarray:
@@ -196,9 +201,9 @@ HOSTILE = {
     "kind", [pytest.param(kind, marks=pytest.mark.thorough if "4096" in kind else ()) for kind in HOSTILE]
 )
 def test_a_hostile_image_has_a_finite_score(
-    reward: LoadedReward, kind: str, prompts: list[str], metadata: list[dict[str, Any]]
+    table: dict[str, Any], reward: LoadedReward, kind: str, prompts: list[str], metadata: list[dict[str, Any]]
 ) -> None:
-    images = HOSTILE[kind]
+    images = as_it_takes(table["name"], HOSTILE[kind])
     rewards = reward(images, prompts[:1] * len(images), metadata[:1] * len(images))
     assert rewards.shape == (len(images),) and rewards.dtype == np.float32 and np.isfinite(rewards).all()
 

@@ -67,7 +67,7 @@ def test_the_dependencies_are_the_projects_and_its_extras_and_all_are_pinned() -
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     listed = output.split()
     extras = PYPROJECT["project"]["optional-dependencies"]
-    taken = [requirement for name in ("demo", "tensorboard", "ocr", "geneval") for requirement in extras[name]]
+    taken = [requirement for name in ("demo", "tensorboard", "ocr", "geneval", "video") for requirement in extras[name]]
     assert listed == [*PYPROJECT["project"]["dependencies"], *taken, "boto3"]
     pinned = {name.lower().replace("_", "-") for name in PINNED}
     names = {re.split(r"[\[<>=]", requirement)[0].lower().replace("_", "-") for requirement in listed}

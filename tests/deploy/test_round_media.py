@@ -59,7 +59,7 @@ def test_only_shown_images_are_fetched_and_lost_images_are_left_out() -> None:
         return None if each.report.task.index == 0 else each.images
 
     found = first_images(ROUND, 3, fetch)
-    assert fetched == [0, 1] and {image: pixels.max() for image, pixels in found.items()} == {2: 10}
+    assert fetched == [0, 1] and {image: shown.pixels.max() for image, shown in found.items()} == {2: 10}
     assert first_images(ROUND, 0, fetch) == {} and fetched == [0, 1]
     captions = round_media(BATCH, ROUND, {"beauty": 1.0}, found, np.empty(0)).images["round"]
     assert [image.caption for image in captions] == ["dog: reward 4, advantage -1"]

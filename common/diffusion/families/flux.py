@@ -125,7 +125,7 @@ class FluxFamily(DiffusersConfig):
     def branches(self, sampling: SamplingTable) -> int:
         return 1
 
-    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
+    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, ...]:
         return network_config["in_channels"] // PATCH**2, *self.latent_sides(OWN_LATENT_SIZE)
 
     @property

@@ -145,7 +145,7 @@ class Flux2Config(DiffusersConfig):
     def size_unit(self) -> int:
         return self.scale_factor
 
-    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
+    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, ...]:
         return network_config["in_channels"], *self.latent_sides(OWN_LATENT_SIZE)
 
     def encoded(self, vae: Any, pixels: Tensor, noise: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class QwenImage(DiffusersConfig):
     def size_unit(self) -> int:
         return self.scale_factor * PATCH
 
-    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
+    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, ...]:
         return network_config["in_channels"] // PATCH**2, *self.latent_sides(OWN_LATENT_SIZE)
 
     def network_call(self, sampling: SamplingTable) -> NetworkCall:

@@ -14,7 +14,7 @@ from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.policy import Conditioning
 from ray_ddpo.common.diffusion.prompt_lengths import TextReader
-from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
+from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 PIPELINES_UNIT = 32  # pixels: the pipeline takes multiples of it, whatever the decoder
@@ -77,9 +77,7 @@ class SanaPolicy(DiffusersPolicy):
     adds_shift: ClassVar[bool] = False
 
     def _table(self, sampling: SamplingTable) -> FlowMatchTable:
-        scheduler = self.pipeline.scheduler
-        keys = {**scheduler.config, "_class_name": type(scheduler).__name__}
-        return flow_match_table(keys, sampling.num_steps, sampling.eta, None, False, sampling.sde).to(self.device)
+        return self._solver_table(sampling)
 
     def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
         # The instruction that the pipeline writes before a prompt is the default of its call, not of its encode_prompt.

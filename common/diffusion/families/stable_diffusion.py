@@ -120,7 +120,7 @@ class StableDiffusionInpainting(StableDiffusionFamily):
     def taken_channels(self, latent_channels: int) -> int:
         return 2 * latent_channels + 1
 
-    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
+    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, ...]:
         return network_config.get("out_channels", 4), *self.latent_sides(network_config.get("sample_size"))
 
     def network_call(self, sampling: SamplingTable) -> NetworkCall:

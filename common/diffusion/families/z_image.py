@@ -174,7 +174,7 @@ class ZImage(DiffusersConfig):
     def size_unit(self) -> int:
         return self.scale_factor * PATCH
 
-    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
+    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, ...]:
         return network_config["in_channels"], *self.latent_sides(OWN_LATENT_SIZE)
 
     def set_up_network(self, network: Any) -> None:

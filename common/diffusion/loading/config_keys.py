@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_ddpo.common.diffusion.loading.model_index import read_object, text_tower
+from ray_ddpo.common.diffusion.loading.video_keys import WAN_PIPELINES, wan_faults
 from ray_ddpo.common.diffusion.schedulers.conversion import as_loaded, check_scheduler, is_number
 from ray_ddpo.common.recipe.tables import SamplingTable
 
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 Components = Mapping[str, Mapping[str, Any]]  # part name → its keys; model_index.json's are under INDEX
 INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
-NORMALIZED_PIPELINES = ("QwenImagePipeline",)  # of latents with mean and deviation of each channel
+NORMALIZED_PIPELINES = ("QwenImagePipeline", *WAN_PIPELINES)  # of latents with mean and deviation of each channel
 FLUX_PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
 SHIFTED_PIPELINES = ("StableDiffusion3Pipeline", "ZImagePipeline", *FLUX_PIPELINES)  # of latents with a shift_factor
 BATCH_NORMALIZED = ("Flux2Pipeline", "Flux2KleinPipeline")  # by the statistics of the decoder's batch norm
 # Of networks that may predict variances too, in further channels.
 VARIANCE_PIPELINES = ("SanaPipeline", "PixArtSigmaPipeline")
-SOLVER_PIPELINES = ("SanaPipeline",)  # of flows whose scheduler may be a solver
+SOLVER_PIPELINES = ("SanaPipeline", *WAN_PIPELINES)  # of flows whose scheduler may be a solver
 FLOW_PIPELINES = (*SHIFTED_PIPELINES, *NORMALIZED_PIPELINES, *BATCH_NORMALIZED, "SanaPipeline")
 INPAINTING = "StableDiffusionInpaintPipeline"  # its network reads the mask and the masked image's latents as well
 DDIM_PIPELINES = ("StableDiffusionPipeline", INPAINTING, "StableDiffusionXLPipeline", "PixArtSigmaPipeline")
@@ -51,6 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
     "ZImagePipeline": {"in_channels": 16, "cap_feat_dim": 2560},
     "SanaPipeline": {"in_channels": 32, "out_channels": 32, "caption_channels": 2304},
     "PixArtSigmaPipeline": {"in_channels": 4, "out_channels": 8},
+    "WanPipeline": {"in_channels": 16, "out_channels": 16, "text_dim": 4096},
 }
 # Pipelines with a single text encoder → the network's key for the width of its states, from how many layers, the
 # encoder's key, and transformers' default of that.
@@ -59,6 +61,7 @@ SINGLE_ENCODERS = {
     "Flux2Pipeline": ("joint_attention_dim", 3, "hidden_size", 4096),
     "Flux2KleinPipeline": ("joint_attention_dim", 3, "hidden_size", 4096),
     "ZImagePipeline": ("cap_feat_dim", 1, "hidden_size", 4096),
+    "WanPipeline": ("text_dim", 1, "d_model", 512),
     "SanaPipeline": ("caption_channels", 1, "hidden_size", 2304),
     "PixArtSigmaPipeline": ("caption_channels", 1, "d_model", 512),
 }
@@ -89,6 +92,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("vae", "in_channels", (None, 3), COLORS),
     ),
     "QwenImagePipeline": (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),),
+    "WanPipeline": (
+        *(Rule("transformer", key, (None,), IMAGES) for key in ("image_dim", "added_kv_proj_dim")),
+        Rule(INDEX, "boundary_ratio", (None,), "a model with two networks is trained by wan22"),
+        Rule(INDEX, "expand_timesteps", (None, False), "its network has a timestep for each of its tokens"),
+    ),
     "Flux2KleinPipeline": (Rule("transformer", "guidance_embeds", (False,), GUIDANCE_INPUT),),
     "ZImagePipeline": (Rule("transformer", "siglip_feat_dim", (None,), IMAGES),),
     **dict.fromkeys(
@@ -184,6 +192,8 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
             )
     if "vae" in parts:
         yield from _decoder_faults(config, parts)
+    if config.pipeline_class in WAN_PIPELINES:
+        yield from wan_faults(parts.get("vae", {}), parts.get("transformer", {}))
     yield from _sample_size_faults(_file(config.network_name), parts.get(config.network_name, {}))
     if "vae" in parts and config.network_name in parts:
         yield from _channel_faults(config, parts)

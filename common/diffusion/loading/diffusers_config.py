@@ -21,6 +21,7 @@ from ray_ddpo.common.diffusion.loading.pipeline import check_model, files_by_rol
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
 from ray_ddpo.common.diffusion.memory.sizes_cache import cached_sizes
+from ray_ddpo.common.diffusion.network_storage import convert_weights
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, Policy, PolicyConfig, Role, quiet_libraries
 from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -52,6 +53,7 @@ class DiffusersConfig(PolicyConfig):
     takes_images: ClassVar[bool] = True
     denoises_unguided: ClassVar[bool] = True
     takes_sampler_storage: ClassVar[bool] = True
+    has_frames: ClassVar[bool] = False  # whether it makes videos, which a sampler decodes one by one
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
     resolution: int | None = Field(default=None, ge=8, le=LARGEST_SIDE, multiple_of=8)
@@ -126,8 +128,8 @@ class DiffusersConfig(PolicyConfig):
         """Return how many channels the network takes, for latents of so many channels."""
         return self.latent_packing * latent_channels
 
-    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
-        """Return C, H, W of one image's latents."""
+    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, ...]:
+        """Return C, H, W of one image's latents, or C, F, H, W of a video's."""
         return network_config["in_channels"], *self.latent_sides(network_config["sample_size"])
 
     def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -244,7 +246,7 @@ class DiffusersConfig(PolicyConfig):
             if role == "sampler":
                 self.set_up_decoder(pipeline.vae)
             if role != "learner" and self.train == "lora":  # text encoders and decoder keep their dtype
-                network.to(self.dtype_of(role))
+                convert_weights(network, self.dtype_of(role))
             if self.gradient_checkpointing is True and role == "learner":
                 network.enable_gradient_checkpointing()
             policy = self.make_policy(pipeline, device, sampling, role)

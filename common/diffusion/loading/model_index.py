@@ -27,11 +27,13 @@ FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its
     "ZImagePipeline": ("z_image", "Z-Image"),
     "SanaPipeline": ("sana", "SANA"),
     "PixArtSigmaPipeline": ("pixart_sigma", "PixArt-Sigma"),
+    "WanPipeline": ("wan", "Wan"),
 }
 TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had two for each
     "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "CLIPTextModelWithProjection": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "T5EncoderModel": ("T5Tokenizer", "T5TokenizerFast"),
+    "UMT5EncoderModel": ("T5Tokenizer", "T5TokenizerFast"),
     "Qwen2_5_VLForConditionalGeneration": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
     "Qwen3Model": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
     "Qwen3ForCausalLM": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
@@ -50,6 +52,7 @@ MODEL_TYPES = {  # text encoder class → allowed model_type; a full CLIP contai
     "CLIPTextModel": ("clip_text_model", "clip"),
     "CLIPTextModelWithProjection": ("clip_text_model", "clip"),
     "T5EncoderModel": ("t5",),
+    "UMT5EncoderModel": ("umt5",),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl",),
     "Qwen3Model": ("qwen3",),
     "Qwen3ForCausalLM": ("qwen3",),

@@ -80,6 +80,7 @@ def _count(config: "DiffusersConfig", configs: Configs, sampling: SamplingTable,
     held = counts.network_bytes + library_bytes(device)
     encoders, decoder = sum(parameter_bytes(part) for part in parts.values()), parameter_bytes(vae)
     offloaded = config.offload and device == "cuda"
+    decoding = counts.sampler.decoding(decode, vae.dtype, config.has_frames)
     text_bytes = sum(math.prod(shape) for shape in shapes.values()) * config.loaded_dtype.itemsize
     return PolicySizes(
         latent_shape=latent_shape,
@@ -90,7 +91,7 @@ def _count(config: "DiffusersConfig", configs: Configs, sampling: SamplingTable,
         trained_parameters=counts.trained,
         learner=counts.learner,
         sampling=counts.sampler.sampling().plus(held + (0 if offloaded else encoders + decoder)),
-        decoding=counts.sampler.decoding(decode, vae.dtype).plus(held + decoder + (0 if offloaded else encoders)),
+        decoding=decoding.plus(held + decoder + (0 if offloaded else encoders)),
         encoding_bytes=held + encoders + (0 if offloaded else decoder),
         network_bytes=counts.network_bytes,
         work=counts.work and replace(counts.work, decoding=decoder_work(decode, vae.dtype, latent_shape)),

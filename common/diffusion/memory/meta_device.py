@@ -12,7 +12,16 @@ from torch.overrides import TorchFunctionMode
 from ray_ddpo.common.diffusion.memory.live_bytes import PLAIN, Kernels
 
 # Functions of denoising networks that torch.autocast runs in half precision, and in float32.
-IN_HALF = {F.linear, torch.conv2d, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
+IN_HALF = {
+    F.linear,
+    torch.conv2d,
+    F.conv2d,
+    F.conv3d,
+    torch.matmul,
+    torch.bmm,
+    torch.baddbmm,
+    F.scaled_dot_product_attention,
+}
 IN_FLOAT32 = {"cuda": {F.group_norm, F.layer_norm, F.softmax, torch.softmax}, "cpu": set()}
 
 BLAS_BYTES = 2 * 2**25  # cuBLAS workspaces of 32 MiB, one each for the forward and the backward thread

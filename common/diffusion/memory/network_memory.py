@@ -43,7 +43,7 @@ class Inputs:
     """Inputs of a call of the network, one row each."""
 
     call: Callable[..., Tensor]  # (network, latents, timesteps, **rows of conditioning) → output
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     conditioning_shapes: dict[str, tuple[int, ...]]
     branches: int  # rows per image
     conditioning_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of inputs that are not floating
@@ -84,7 +84,7 @@ class NetworkMemory:
 
     def use_format(self, is_compiled: bool) -> None:
         """Store the network in the memory format that a role has, by whether it is compiled."""
-        self._network.to(memory_format=network_format(self._device, is_compiled))
+        self._network.to(memory_format=network_format(self._device, is_compiled, len(self._inputs.latent_shape) > 3))
 
     def store_layers_in(self, dtype: torch.dtype) -> None:
         """Store the frozen weights of the network's layers in `dtype`, and convert each layer while it computes."""
@@ -102,14 +102,17 @@ class NetworkMemory:
         """Return the peak of a denoising step without gradient by images, without the weights."""
         return self._line(self._sample).plus(-sum(parameter.nbytes for parameter in self._stored))
 
-    def decoding(self, decoder: Callable[[Tensor], Tensor], dtype: torch.dtype) -> PeakBytes:
+    def decoding(self, decoder: Callable[[Tensor], Tensor], dtype: torch.dtype, one_by_one: bool = False) -> PeakBytes:
         """Return the peak of decoding latents of a dtype to images by images, without the decoder's weights."""
 
         def decode(images: int) -> None:
+            pieces = [1] * images if one_by_one else [images]
             with torch.no_grad(), LikeDevice(self._device, torch.float32):  # the decoder runs in its own dtype
-                scaled = torch.empty(images, *self._inputs.latent_shape, device="meta", dtype=dtype) / 1.0
-                pixels = decoder(scaled).float() / 2 + 0.5
-                (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+                torch.cat([pixels(rows) for rows in pieces])
+
+        def pixels(rows: int) -> Tensor:
+            scaled = torch.empty(rows, *self._inputs.latent_shape, device="meta", dtype=dtype) / 1.0
+            return ((decoder(scaled).float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
         return self._line(decode)
 
@@ -147,7 +150,8 @@ class NetworkMemory:
     def _predict(self, rows: int) -> Tensor:
         """Call the network on synthetic inputs, with guidance if there are two branches."""
         branches = self._inputs.branches
-        latents = torch.empty(rows, *self._inputs.latent_shape, device="meta").repeat(branches, 1, 1, 1)
+        shape = self._inputs.latent_shape
+        latents = torch.empty(rows, *shape, device="meta").repeat(branches, *[1] * len(shape))
         shapes, dtypes = self._inputs.conditioning_shapes, self._inputs.conditioning_dtypes
         rows_of = synthetic_conditioning(shapes, dtypes, rows, "meta", self._dtype)
         conditioning = {name: torch.cat([value] * branches) for name, value in rows_of.items()}

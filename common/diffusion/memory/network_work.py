@@ -72,7 +72,7 @@ def _in_float32(network: Any) -> Iterator[None]:
             tensor.data = tensor.data.to(dtype)
 
 
-def decoder_work(decoder: Callable[[Tensor], Tensor], dtype: torch.dtype, latent_shape: tuple[int, int, int]) -> int:
+def decoder_work(decoder: Callable[[Tensor], Tensor], dtype: torch.dtype, latent_shape: tuple[int, ...]) -> int:
     """Count the decoding of one image by a decoder on the meta device."""
     latents = torch.empty(1, *latent_shape, device="meta", dtype=dtype)
     with torch.no_grad():

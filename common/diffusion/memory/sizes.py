@@ -48,7 +48,7 @@ class PolicySizes:
 
     __pydantic_config__: ClassVar = ConfigDict(arbitrary_types_allowed=True)  # for `sizes_cache`: torch's dtypes
 
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]  # C, H, W, or C, F, H, W
     stochastic_steps: int  # per trajectory
     conditioning_shape: dict[str, tuple[int, ...]]  # one prompt's row, by name
     conditioning_bytes: int  # one prompt's embeddings

@@ -13,7 +13,7 @@ from ray_ddpo.common.packages import require_packages
 FILE = "scheduler/scheduler_config.json"
 DDIM = "DDIMScheduler"
 FLOW = "FlowMatchEulerDiscreteScheduler"
-FLOW_SOLVER = "DPMSolverMultistepScheduler"  # with use_flow_sigmas its noise levels are a flow's
+FLOW_SOLVERS = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # with use_flow_sigmas of a flow
 BETA_RANGES = ("linear", "scaled_linear")  # beta schedules from beta_start to beta_end
 CLIPPING = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")  # by default
 CARRIED = (
@@ -65,10 +65,11 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("clip_sample", "thresholding"), (OFF, "its steps are not Gaussian; set it to false")),
 }
 
-FLOW_ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {  # the same for FLOW_SOLVER
+FLOW_ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {  # the same for FLOW_SOLVERS
     "prediction_type": (("flow_prediction",), 'it must be "flow_prediction"'),
     **dict.fromkeys(SPACINGS, (OFF, "its noise levels are not those of use_flow_sigmas; set it to false")),
     **{key: ALLOWED[key] for key in ("variance_type", "thresholding")},
+    "predict_x0": ((True,), "diffusers takes no such steps of a flow; set it to true"),
 }
 
 
@@ -106,13 +107,15 @@ def flow_config(config: Mapping[str, Any], with_solver: bool = False) -> dict[st
         ValueError: The scheduler is another class, or its steps differ. The message names class, key and value.
     """
     written, name = written_keys(config), config.get("_class_name")
-    if with_solver and name == FLOW_SOLVER and written.get("use_flow_sigmas"):
+    if with_solver and name in FLOW_SOLVERS and written.get("use_flow_sigmas"):
         _check_allowed(name, {"prediction_type": "epsilon", **written}, FLOW_ALLOWED)
         return written
     if name is not None:
         own = {key: written[key] for key in ("flow_shift", "prediction_type", "use_flow_sigmas") if key in written}
         with_keys = f" with {', '.join(f'{key}={value!r}' for key, value in own.items())}" if own else ""
-        carried = (FLOW, f"{FLOW_SOLVER} with use_flow_sigmas=True") if with_solver else (FLOW,)
+        carried = (
+            (FLOW, *(f"{solver} with use_flow_sigmas=True" for solver in FLOW_SOLVERS)) if with_solver else (FLOW,)
+        )
         _check_class(name, carried, "policy.name is a family of flow matching", with_keys)
     for key in ("invert_sigmas", "stochastic_sampling"):
         if written.get(key):

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.schedulers.conversion import FILE, ddim_config
-from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, NoisedLatents, column
+from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, NoisedLatents
 from ray_ddpo.common.diffusion.schedulers.second_order import SMALLEST_ALPHA, SolverLevels
-from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.diffusion.transition import Transition, column
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class DDIMTable(DenoisingSteps):
 
     def transition(
         self,
-        latents: Float[Tensor, "B C H W"],
-        model_output: Float[Tensor, "B C H W"],
+        latents: Float[Tensor, "B C *S"],
+        model_output: Float[Tensor, "B C *S"],
         steps: Int[Tensor, "B"],
         stochastic: bool = True,
     ) -> Transition:
@@ -51,10 +51,10 @@ class DDIMTable(DenoisingSteps):
         using the latter without noise washes images out.
         """
         latents, model_output = latents.float(), model_output.float()
-        alpha, next_alpha = column(self.alphas_cumprod[steps]), column(self.next_alphas_cumprod[steps])
+        alpha, next_alpha = (column(each[steps], latents) for each in (self.alphas_cumprod, self.next_alphas_cumprod))
         clean, noise = _clean_and_noise(self.prediction_type, latents, model_output, alpha)
         std = self.std()[steps] if stochastic else torch.zeros_like(alpha).flatten()
-        mean = next_alpha.sqrt() * clean + (1 - next_alpha - column(std).square()).clamp(min=0).sqrt() * noise
+        mean = next_alpha.sqrt() * clean + (1 - next_alpha - column(std, latents).square()).clamp(min=0).sqrt() * noise
         return Transition(mean, std)
 
     def solver_levels(self) -> SolverLevels:
@@ -62,21 +62,21 @@ class DDIMTable(DenoisingSteps):
         return SolverLevels(((1 - alphas) / alphas).sqrt(), self.prediction_type)
 
     def clean(
-        self, latents: Float[Tensor, "B C H W"], model_output: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"]
-    ) -> Float[Tensor, "B C H W"]:
-        alpha = column(self.alphas_cumprod[steps])
+        self, latents: Float[Tensor, "B C *S"], model_output: Float[Tensor, "B C *S"], steps: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B C *S"]:
+        alpha = column(self.alphas_cumprod[steps], latents)
         return _clean_and_noise(self.prediction_type, latents.float(), model_output.float(), alpha)[0]
 
     def noised(
-        self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], step: int
-    ) -> Float[Tensor, "B C H W"]:
+        self, clean_latents: Float[Tensor, "B C *S"], noise: Float[Tensor, "B C *S"], step: int
+    ) -> Float[Tensor, "B C *S"]:
         alpha = self.alphas_cumprod[step]
         return alpha.sqrt() * clean_latents + (1 - alpha).sqrt() * noise
 
     def add_noise(
-        self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], timesteps: Int[Tensor, "B"]
+        self, clean_latents: Float[Tensor, "B C *S"], noise: Float[Tensor, "B C *S"], timesteps: Int[Tensor, "B"]
     ) -> NoisedLatents:
-        alphas = column(self.training_alphas_cumprod[timesteps])
+        alphas = column(self.training_alphas_cumprod[timesteps], clean_latents)
         signal, spread = alphas.sqrt(), (1 - alphas).sqrt()
         v = signal * noise - spread * clean_latents
         target = {"epsilon": noise, "v_prediction": v, "sample": clean_latents}[self.prediction_type]

@@ -29,8 +29,8 @@ class DenoisingSteps(ABC):
     @abstractmethod
     def transition(
         self,
-        latents: Float[Tensor, "B C H W"],
-        model_output: Float[Tensor, "B C H W"],
+        latents: Float[Tensor, "B C *S"],
+        model_output: Float[Tensor, "B C *S"],
         steps: Int[Tensor, "B"],
         stochastic: bool = True,
     ) -> Transition:
@@ -38,7 +38,7 @@ class DenoisingSteps(ABC):
 
     @abstractmethod
     def add_noise(
-        self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], timesteps: Int[Tensor, "B"]
+        self, clean_latents: Float[Tensor, "B C *S"], noise: Float[Tensor, "B C *S"], timesteps: Int[Tensor, "B"]
     ) -> NoisedLatents:
         """Run forward diffusion to the model's own `timesteps`."""
 
@@ -53,8 +53,8 @@ class DenoisingSteps(ABC):
         )
 
     def clean(
-        self, latents: Float[Tensor, "B C H W"], model_output: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"]
-    ) -> Float[Tensor, "B C H W"]:
+        self, latents: Float[Tensor, "B C *S"], model_output: Float[Tensor, "B C *S"], steps: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B C *S"]:
         """Return the clean latents that the network's output at these steps implies.
 
         Raises:
@@ -63,8 +63,8 @@ class DenoisingSteps(ABC):
         raise ValueError(f"{type(self).__name__} has no clean, which refl needs: take draft or alignprop")
 
     def noised(
-        self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], step: int
-    ) -> Float[Tensor, "B C H W"]:
+        self, clean_latents: Float[Tensor, "B C *S"], noise: Float[Tensor, "B C *S"], step: int
+    ) -> Float[Tensor, "B C *S"]:
         """Add noise to clean latents up to the noise level where a step starts.
 
         Raises:
@@ -105,8 +105,3 @@ def step_sizes(steps: object, owner: str = "the policy") -> Float[Tensor, "T"]:
     zero = torch.zeros(len(every), 1, 1, 1, device=every.device)
     at_zero, at_one = (steps.transition(zero, output, every, stochastic=False).mean for output in (zero, zero + 1))
     return (at_one - at_zero).abs().flatten()
-
-
-def column(values: Float[Tensor, "B"]) -> Float[Tensor, "B 1 1 1"]:
-    """Return one number per row, shaped to be multiplied with latents."""
-    return values.view(-1, 1, 1, 1)

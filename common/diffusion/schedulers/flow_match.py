@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.schedulers.conversion import FILE, FLOW, FLOW_SOLVER, flow_config, written_keys
-from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, NoisedLatents, column
+from ray_ddpo.common.diffusion.schedulers.conversion import FILE, FLOW, FLOW_SOLVERS, flow_config, written_keys
+from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, NoisedLatents
 from ray_ddpo.common.diffusion.schedulers.second_order import FLOW_PREDICTION, SolverLevels
-from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.diffusion.transition import Transition, column
 from ray_ddpo.common.recipe.sampling_table import FlowSampler
 
 
@@ -59,8 +59,8 @@ class FlowMatchTable(DenoisingSteps):
 
     def transition(
         self,
-        latents: Float[Tensor, "B C H W"],
-        model_output: Float[Tensor, "B C H W"],
+        latents: Float[Tensor, "B C *S"],
+        model_output: Float[Tensor, "B C *S"],
         steps: Int[Tensor, "B"],
         stochastic: bool = True,
     ) -> Transition:
@@ -70,9 +70,11 @@ class FlowMatchTable(DenoisingSteps):
         which s = 0.
         """
         latents, velocity = latents.float(), model_output.float()
-        sigma, change = column(self.sigmas[steps]), column((self.next_sigmas - self.sigmas)[steps])
+        sigma, change = (column(each[steps], latents) for each in (self.sigmas, self.next_sigmas - self.sigmas))
         std = self.std()[steps] if stochastic else torch.zeros_like(sigma).flatten()
-        half = column(self.diffusion()[steps]).square() / (2 * sigma) if stochastic else torch.zeros_like(sigma)
+        half = (
+            column(self.diffusion()[steps], latents).square() / (2 * sigma) if stochastic else torch.zeros_like(sigma)
+        )
         mean = latents * (1 + half * change) + velocity * (1 + half * (1 - sigma)) * change
         return Transition(mean, std)
 
@@ -80,22 +82,23 @@ class FlowMatchTable(DenoisingSteps):
         return SolverLevels(torch.cat([self.sigmas, self.next_sigmas[-1:]]).clamp(max=1.0), FLOW_PREDICTION)
 
     def clean(
-        self, latents: Float[Tensor, "B C H W"], model_output: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"]
-    ) -> Float[Tensor, "B C H W"]:
+        self, latents: Float[Tensor, "B C *S"], model_output: Float[Tensor, "B C *S"], steps: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B C *S"]:
         """Return x0 = x_σ − σ v."""
-        return latents.float() - column(self.sigmas[steps]) * model_output.float()
+        return latents.float() - column(self.sigmas[steps], latents) * model_output.float()
 
     def noised(
-        self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], step: int
-    ) -> Float[Tensor, "B C H W"]:
+        self, clean_latents: Float[Tensor, "B C *S"], noise: Float[Tensor, "B C *S"], step: int
+    ) -> Float[Tensor, "B C *S"]:
         sigma = self.sigmas[step]
         return (1 - sigma) * clean_latents + sigma * noise
 
     def add_noise(
-        self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], timesteps: Int[Tensor, "B"]
+        self, clean_latents: Float[Tensor, "B C *S"], noise: Float[Tensor, "B C *S"], timesteps: Int[Tensor, "B"]
     ) -> NoisedLatents:
         sigmas = self.training_sigmas[timesteps]
-        noised = (1 - column(sigmas)) * clean_latents + column(sigmas) * noise
+        level = column(sigmas, clean_latents)
+        noised = (1 - level) * clean_latents + level * noise
         return noised, self.num_train_timesteps * sigmas, noise - clean_latents
 
     def clean_scale(self, timesteps: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
@@ -138,8 +141,8 @@ class CPSTable(FlowMatchTable):
 
     def transition(
         self,
-        latents: Float[Tensor, "B C H W"],
-        model_output: Float[Tensor, "B C H W"],
+        latents: Float[Tensor, "B C *S"],
+        model_output: Float[Tensor, "B C *S"],
         steps: Int[Tensor, "B"],
         stochastic: bool = True,
     ) -> Transition:
@@ -150,9 +153,9 @@ class CPSTable(FlowMatchTable):
         if not stochastic:
             return super().transition(latents, model_output, steps, stochastic)
         latents, velocity = latents.float(), model_output.float()
-        sigma, signal = column(self.sigmas[steps]), column((1 - self.next_sigmas)[steps])
+        sigma, signal = (column(each[steps], latents) for each in (self.sigmas, 1 - self.next_sigmas))
         clean, noise = latents - sigma * velocity, latents + (1 - sigma) * velocity
-        return Transition(signal * clean + column(self._kept_noise[steps]) * noise, self.std()[steps])
+        return Transition(signal * clean + column(self._kept_noise[steps], latents) * noise, self.std()[steps])
 
 
 TABLES: dict[FlowSampler, type[FlowMatchTable]] = {"flow": FlowMatchTable, "dance": DanceTable, "cps": CPSTable}
@@ -213,9 +216,10 @@ def _scheduler_with_steps(
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     written = flow_config(scheduler_config, with_solver=image_tokens is None)
-    of_solver = scheduler_config.get("_class_name") == FLOW_SOLVER
+    name = scheduler_config.get("_class_name")
+    of_solver = name in FLOW_SOLVERS
     try:
-        scheduler: Any = getattr(diffusers, FLOW_SOLVER if of_solver else FLOW).from_config(written)
+        scheduler: Any = getattr(diffusers, name if of_solver else FLOW).from_config(written)
         own = {
             "num_train_timesteps": scheduler.config["num_train_timesteps"],
             "shift": scheduler.config.get("flow_shift"),

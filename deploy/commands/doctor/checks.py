@@ -34,6 +34,7 @@ PYPROJECT = Path(__file__).parents[4] / "pyproject.toml"
 ON_CPU = RuntimeTable(device="cpu")
 MADE_UP = (Prompt("a photo of a cat"), Prompt("a photo of a dog"))
 NOISE_SIZE = 256  # pixels of the image that a reward is tried on
+NOISE_FRAMES = 3  # of a clip
 SERVICE_ADVICE = (
     "see that the service runs at this address; correct what the message names, such as the model or the key"
 )
@@ -245,11 +246,12 @@ def _tried(
     except ValueError as error:
         yield Finding("fault", subject, f"{name} cannot score: {first_line(error)}", SERVICE_ADVICE)
         return
-    noise = np.random.default_rng(0).integers(0, 256, (len(prompts), NOISE_SIZE, NOISE_SIZE, 3), np.uint8)
+    what, frames = ("a clip", (NOISE_FRAMES,)) if reward.takes_clips else ("an image", ())
+    size = (len(prompts), *frames, NOISE_SIZE, NOISE_SIZE, 3)
+    noise = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     scores = worker.score(ImageBatch(noise, prompts))
     if scores.dropped:
-        yield Finding(
-            "warning", subject, f"{name} can be loaded; {next(iter(scores.dropped.values()))}, an image of noise"
-        )
+        reason = next(iter(scores.dropped.values()))
+        yield Finding("warning", subject, f"{name} can be loaded; {reason}, {what} of noise")
     else:
         yield Finding("ok", subject, f"{name} can be loaded, and scores")

@@ -12,6 +12,7 @@ import jinja2
 from huggingface_hub import ModelCard
 
 from ray_ddpo.common.diffusion.families.flux import OWN_LATENT_SIZE
+from ray_ddpo.common.diffusion.families.video import VideoConfig
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.single_file import names_a_file
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
@@ -91,6 +92,7 @@ def _context(run: Published) -> dict[str, Any]:
         "facts": _facts(run),
         "rewards": _rewards(recipe, run.stats["scorers"]),
         "stats": run.stats,
+        "made": "clips" if isinstance(run.policy, VideoConfig) else "images",
         "guard": _guard(run),
         "alarms": alarm_rows(evaluated_versions(run.folder)),
         "recipe_text": run.recipe_text.strip(),
@@ -186,6 +188,7 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
     names = [policy.pipeline_class, *([policy.network_class] if full else [])]
     names += [policy.scheduler_class] if policy.scheduler_class else []
     lines = ["import torch", f"from diffusers import {', '.join(sorted(names))}"]
+    lines += ["from diffusers.utils import export_to_video"] if isinstance(policy, VideoConfig) else []
     lines += ["from PIL import Image  # of the size of the output", ""] if policy.reads_inputs else [""]
     network = ""
     if full:
@@ -210,7 +213,7 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
 
 
 def _sampling_lines(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> list[str]:
-    """Return the call of the pipeline with the run's sampling settings."""
+    """Return the call of the pipeline with the run's sampling settings, and the line that saves what it makes."""
     sampling, keys = recipe.sampling, [f"prompt={prompt!r}" if policy.reads_inputs else repr(prompt)]
     keys += [f'{INPUT_ARGUMENTS[name]}=Image.open("{name}.png")' for name in policy.reads_inputs]
     keys += [f"num_inference_steps={sampling.num_steps}", f"guidance_scale={sampling.guidance_scale}"]
@@ -224,12 +227,17 @@ def _sampling_lines(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> lis
             keys += [f"max_area={height * width}", "_auto_resize=False"]
     if sampling.negative_prompt:
         keys.append(f"negative_prompt={sampling.negative_prompt!r}")
+    made, attribute, save = "image", "images", 'image.save("image.png")'
+    if isinstance(policy, VideoConfig):
+        keys.append(f"num_frames={policy.num_frames}")
+        made, attribute = "frames", "frames"
+        save = f'export_to_video(frames, "video.mp4", fps={policy.frame_rate:g})'
     return [
-        "image = pipeline(",
+        f"{made} = pipeline(",
         f"    {', '.join(keys)},",
         "    generator=torch.Generator().manual_seed(0),",
-        ").images[0]",
-        'image.save("image.png")',
+        f").{attribute}[0]",
+        save,
     ]
 
 

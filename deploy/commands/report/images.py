@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from ray_ddpo.common.clips import ImageOrClip, are_clips, poster, posters
 from ray_ddpo.common.input_images import CONTENT, IMAGE, read_inputs
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.deploy.evaluation.eval_result import EvalComparison
@@ -28,7 +29,7 @@ PLACEHOLDERS = (
 VARIATIONS = str.maketrans("", "", "\ufe0e\ufe0f")  # ask for an emoji's other form, which no outline font has
 SHAPED_SINCE = (3, 11)  # of matplotlib: before it, letters stand one by one from left to right
 
-ImageRow = tuple[str, list[np.ndarray], str]  # label, images [H W 3] uint8, the label's color
+ImageRow = tuple[str, list[ImageOrClip], str]  # label, images, the label's color
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Lettering:
 def before_after_image(comparison: EvalComparison, path: Path) -> None:
     """Plot pairs of rows: the pretrained model's images above, the run's below, and the change of the reward.
 
-    If the model edits, a row of the input images stands above each pair.
+    If the model edits, a row of the input images stands above each pair. Clips are shown by their posters.
     """
     from matplotlib import pyplot as plt
 
@@ -53,6 +54,7 @@ def before_after_image(comparison: EvalComparison, path: Path) -> None:
     tall = 3 if any(each is not None for each in inputs) else 2
     size = (1.25 * COLUMNS, 1.45 * tall * rows + 0.5)
     figure, axes = plt.subplots(tall * rows, COLUMNS, figsize=size, squeeze=False)
+    before, after = posters(comparison.before[:shown]), posters(comparison.after[:shown])
     change = comparison.scores_after["reward"] - comparison.scores_before["reward"]
     written = lettering([prompt.text for prompt in comparison.chosen.prompts[:shown]])
     for axis in axes.flat:
@@ -60,14 +62,15 @@ def before_after_image(comparison: EvalComparison, path: Path) -> None:
     for index in range(shown):
         row, column = tall * (index // COLUMNS), index % COLUMNS
         *over, above, below = axes[row : row + tall, column]
-        above.imshow(comparison.before[index], interpolation="nearest")
+        above.imshow(before[index], interpolation="nearest")
         if over and (pixels := inputs[index]) is not None:
             over[0].imshow(pixels, interpolation="nearest")
         _write_above(over[0] if over else above, written, index)
-        below.imshow(comparison.after[index], interpolation="nearest")
+        below.imshow(after[index], interpolation="nearest")
         below.set_title(f"{change[index]:+.2f}", fontsize=7, pad=1, color="green" if change[index] > 0 else "firebrick")
     says = "above: before · below: after, same prompt and noise, with the reward's change"
     says = f"top: input · {says}" if tall > 2 else says
+    says += " · the middle frame of each clip" if are_clips(comparison.before) else ""
     says += " · #: the prompt stands in report.html" if any(written.numbers) else ""
     figure.suptitle(says, fontsize=10)
     figure.tight_layout(pad=0.3, rect=(0, 0, 1, 0.98))
@@ -80,7 +83,7 @@ def shown_input(comparison: EvalComparison, index: int) -> UInt8[np.ndarray, "H 
     about = comparison.chosen.prompts[index].metadata
     if IMAGE + CONTENT not in about:
         return None
-    height, width = comparison.before[index].shape[:2]
+    height, width = comparison.before[index].shape[-3:-1]
     inputs = read_inputs([about], (height, width))
     tint, pixels = np.array(TINT, np.uint8), inputs.pixels[0]
     return np.where(inputs.masks[0][..., None], pixels // 2 + tint // 2, pixels)
@@ -106,7 +109,10 @@ def versions_image(log: EvalLog, shown: list[dict[str, Any]], path: Path) -> Non
 
 
 def rows_image(rows: list[ImageRow], path: Path, prompts: list[str] | None = None) -> None:
-    """Plot rows of equally many images. A column shares prompt and noise; `prompts` are written above the columns."""
+    """Plot rows of equally many images, or posters of clips.
+
+    A column shares prompt and noise; `prompts` are written above the columns.
+    """
     from matplotlib import pyplot as plt
 
     columns = len(rows[0][1])
@@ -116,7 +122,7 @@ def rows_image(rows: list[ImageRow], path: Path, prompts: list[str] | None = Non
     )
     for line, (label, images, color) in zip(axes, rows, strict=True):
         for axis, image in zip(line, images, strict=True):
-            axis.imshow(image, interpolation="nearest")
+            axis.imshow(poster(image), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", color=color, parse_math=False)
     written = lettering(prompts or [])

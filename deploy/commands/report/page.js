@@ -22,8 +22,29 @@ for (const frames of all) {
   });
   frames.addEventListener("dragstart", (event) => event.preventDefault());
 }
-document.getElementById("all").addEventListener("input", (event) => {
+document.getElementById("all")?.addEventListener("input", (event) => {
   for (const frames of document.querySelectorAll("#gallery .frames")) show(frames, event.target.value);
+});
+
+// The two clips of a pair play together, from the same frame.
+for (const pair of document.querySelectorAll(".clips")) {
+  const [before, after] = pair.querySelectorAll("video");
+  for (const [one, other] of [[before, after], [after, before]]) {
+    one.addEventListener("play", () => {
+      if (other.paused) other.currentTime = one.currentTime;
+      other.play();
+    });
+    one.addEventListener("pause", () => other.pause());
+    one.addEventListener("seeked", () => {
+      if (one.paused && other.currentTime !== one.currentTime) other.currentTime = one.currentTime;
+    });
+  }
+}
+document.getElementById("play")?.addEventListener("click", (event) => {
+  const clips = [...document.querySelectorAll("#gallery video")];
+  const still = clips.every((clip) => clip.paused);
+  for (const clip of clips) still ? clip.play() : clip.pause();
+  event.target.textContent = still ? "Pause all" : "Play all";
 });
 
 // What is missing stays at the end, whichever way a column is sorted.

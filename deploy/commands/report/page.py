@@ -74,6 +74,7 @@ def _context(run: FinishedRun, comparison: EvalComparison) -> dict[str, Any]:
         "pairs": gallery(comparison, score),
         "images": len(comparison.before),
         "reduced": are_reduced(comparison.before),
+        "clips": comparison.frame_rate is not None,
         "worst": worst,
         "best": best,
         "held_out": held_out_table(comparison, score),

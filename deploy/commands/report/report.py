@@ -99,7 +99,7 @@ def compare(components: Components, location: str, check: Callable[[Base], None]
     with weights_here(location) as path:
         policy.restore(network_folder(path) or path)
     after = scorer.evaluate(policy, "trained weights")
-    return EvalComparison(scorer.chosen, before.pixels, after.pixels, before.scores, after.scores)
+    return EvalComparison(scorer.chosen, before.pixels, after.pixels, before.scores, after.scores, before.frame_rate)
 
 
 def summary(comparison: EvalComparison, scorers: list[str]) -> dict[str, Any]:

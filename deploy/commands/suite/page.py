@@ -7,7 +7,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ray_ddpo.common.clips import poster
 from ray_ddpo.common.run_storage.png import png
+from ray_ddpo.deploy.commands.report.image_pairs import clip_uri
 from ray_ddpo.deploy.commands.report.numbers import number, signed
 from ray_ddpo.deploy.evaluation.categories import category
 from ray_ddpo.deploy.evaluation.eval_result import EvalResult
@@ -38,7 +40,7 @@ def suite_page(told: dict[str, Any], settings: str, found: dict[str, EvalResult]
 
 
 def shown_images(found: dict[str, EvalResult], scorers: list[str]) -> list[dict[str, Any]]:
-    """Return the first images of each category: prompt, category, and an image for each of the weights."""
+    """Return the first images, or clips, of each category: prompt, category, and one for each of the weights."""
     prompts = next(iter(found.values())).prompts
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
@@ -52,7 +54,8 @@ def shown_images(found: dict[str, EvalResult], scorers: list[str]) -> list[dict[
             "prompt": prompts[row].text,
             "images": [
                 {
-                    "uri": "data:image/png;base64," + base64.b64encode(png(result.pixels[row])).decode("ascii"),
+                    "uri": "data:image/png;base64," + base64.b64encode(png(poster(result.pixels[row]))).decode("ascii"),
+                    "clip": clip_uri(result.pixels[row], result.frame_rate),
                     "scores": ", ".join(number(float(result.scores[name][row])) for name in scorers),
                 }
                 for result in found.values()

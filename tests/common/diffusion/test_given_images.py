@@ -15,14 +15,14 @@ from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.diffusion.rollout import image_noise, score
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
-from tests.tiny_families import FROM_OUTSIDE, MAKERS, policy_table
+from tests.tiny_families import FROM_OUTSIDE, MAKERS, VIDEO, policy_table
 from tests.tiny_policy import scatter
 
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=1.0, deterministic=True)
 SEEDS = [3, 4, 5]
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=[name for name in MAKERS if name not in VIDEO])
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DiffusersPolicy:
     model = MAKERS[request.param](tmp_path_factory.mktemp("model"))
     loaded = build(POLICIES, policy_table(request.param, model), "policy").load("cpu", SAMPLING, "sampler")

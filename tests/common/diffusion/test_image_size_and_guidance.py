@@ -23,13 +23,16 @@ from tests.tiny_families import (
     MAKERS,
     SAFETY_CHECKED,
     UNGUIDED,
+    VIDEO,
     WITHOUT_NEGATIVE,
     call_keys,
     given_latents,
     kontext_keys,
     policy_table,
+    shown,
     take_first_order_steps,
 )
+from tests.tiny_video import FRAMES
 
 SIZES = {
     "stable_diffusion": (24, 16),
@@ -44,6 +47,7 @@ SIZES = {
     "z_image": (24, 12),
     "sana": (64, 32),
     "pixart_sigma": (48, 32),
+    "wan": (32, 16),
 }
 OTHER_THAN_EMPTY = ("sdxl", "qwen_image")  # where no negative prompt is given, the one takes zeros, the other a space
 IN_TURNS = (pytest.mark.thorough, pytest.mark.rotated(every=2))
@@ -85,15 +89,20 @@ def ours(config: DiffusersConfig, settings: SamplingTable) -> np.ndarray:
 
 
 def theirs(name: str, pipeline: Any, settings: SamplingTable, shape: tuple[int, ...]) -> np.ndarray:
-    factor = pipeline.vae_scale_factor * (2 if name.startswith("flux2") else 1)
+    factor = scale_factor(pipeline) * (2 if name.startswith("flux2") else 1)
     noise = next(image_noise(SEEDS, shape))
     keys = call_keys(name, settings.guidance_scale, settings.negative_prompt)
     keys |= {"eta": 0.0} if name in BY_DDIM else {}
-    keys |= {"height": factor * shape[1], "width": factor * shape[2], "num_inference_steps": 3}
+    keys |= {"height": factor * shape[-2], "width": factor * shape[-1], "num_inference_steps": 3}
     if name == "flux_kontext":
         keys |= kontext_keys(Image.new("RGB", (keys["width"], keys["height"])))
-    images = pipeline(prompt=PROMPTS, latents=given_latents(name, noise), **keys).images
-    return np.stack([np.asarray(image) for image in images]).astype(int)
+    return shown(pipeline(prompt=PROMPTS, latents=given_latents(name, noise), **keys))
+
+
+def scale_factor(pipeline: Any) -> int:
+    """Return the pixels per side of a latent, which pipelines of video call otherwise."""
+    names = (f"vae_{name}" for name in ("scale_factor", "scale_factor_spatial", "spatial_compression_ratio"))
+    return next(getattr(pipeline, name) for name in names if hasattr(pipeline, name))
 
 
 def assert_alike(mine: np.ndarray, expected: np.ndarray) -> None:
@@ -109,7 +118,7 @@ def test_non_square_images_equal_those_of_diffusers(family: tuple[str, Path, Any
     policy, learner = (config.load("cpu", settings, role) for role in ("sampler", "learner"))
     assert policy.latent_shape == learner.latent_shape == config.sizes(settings, "cpu").latent_shape
     images = ours(config, settings)
-    assert images.shape == (2, height, width, 3)
+    assert images.shape == (2, *(FRAMES,) * (name in VIDEO), height, width, 3)
     assert_alike(images, theirs(name, pipeline, settings, policy.latent_shape))
     assert_accepted("`policy.height` and `policy.width`, which need not be equal, in every family")
     trajectory = sample_trajectories(policy, PROMPTS, SEEDS, settings)
@@ -197,7 +206,7 @@ def test_a_size_that_cannot_be_made_is_refused_with_the_recipe(
 
 def test_units_of_a_size_are_those_of_decoder_and_patch(tmp_path: Path) -> None:
     units = {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "flux_kontext": 4, "qwen_image": 4}
-    units |= {"z_image": 4, "flux2": 4, "sana": 32, "pixart_sigma": 16}
+    units |= {"z_image": 4, "flux2": 4, "sana": 32, "pixart_sigma": 16, "wan": 16}
     for name, unit in units.items():
         config = build(POLICIES, policy_table(name, MAKERS[name](tmp_path / name)), "policy")
         assert config.size_unit == unit

@@ -31,6 +31,7 @@ from tests.tiny_families import (
     save_tiny_flux,
     save_tiny_sd3,
     save_tiny_sdxl,
+    shown,
     take_first_order_steps,
 )
 from tests.tiny_flux2 import save_tiny_flux2_klein
@@ -75,8 +76,7 @@ def pipeline_of(family: tuple[str, Path]) -> Any:
 def pipelines_images(family: tuple[str, Path], pipeline: Any, shape: tuple[int, ...]) -> np.ndarray:
     latents = given_latents(family[0], next(image_noise(SEEDS, shape)))
     keys = call_keys(family[0], 3.0) | ({"eta": 0.0} if family[0] in BY_DDIM else {})
-    images = pipeline(prompt=PROMPTS, latents=latents, num_inference_steps=4, **keys).images
-    return np.stack([np.asarray(image) for image in images]).astype(int)
+    return shown(pipeline(prompt=PROMPTS, latents=latents, num_inference_steps=4, **keys))
 
 
 def assert_alike(ours: np.ndarray, theirs: np.ndarray) -> None:

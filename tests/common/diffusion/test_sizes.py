@@ -47,6 +47,8 @@ PUBLISHED = {  # parameters of the network, of its decoder and of its text encod
     # The files on the hub have 3.21 GB in half precision, 1.25 GB in float32 and 5.23 GB in half precision.
     ("sana", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"): (1_604_462_752, 312_250_275, [2_614_341_888]),
     # The network's file on the hub has 2,443,492,488 bytes in float32, 68,104 of them its header.
+    ("wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"): (1_418_996_800, 126_892_531, [5_680_910_336]),
+    ("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers"): (14_288_491_584, 126_892_531, [5_680_910_336]),
     ("pixart_sigma", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"): (610_856_096, 83_653_863, [4_762_310_656]),
 }
 

@@ -1,0 +1,105 @@
+"""Families of video: numbers of frames, steps of their schedulers, half precision, and decoding clip by clip."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.lora.adapters import read_weights
+from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories, score
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.tables import SamplingTable
+from tests.tiny_families import MAKERS, VIDEO, call_keys, given_latents, policy_table, shown, take_first_order_steps
+from tests.tiny_policy import scatter
+
+PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
+SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
+
+
+@pytest.fixture(scope="module", params=VIDEO)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, MAKERS[request.param](tmp_path_factory.mktemp("model"))
+
+
+def config_of(family: tuple[str, Path], **keys: Any) -> DiffusersConfig:
+    return build(POLICIES, policy_table(family[0], family[1], **keys), "policy")
+
+
+def euler(scheduler: Any) -> Any:
+    """Return the flow's own scheduler class, with a shift of its own."""
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=scheduler.config.get("flow_shift") or scheduler.config.shift)
+
+
+@pytest.mark.parametrize(("scale", "num_steps"), [(3.0, 4), (1.0, 7)])
+@pytest.mark.parametrize("own_solver", [True, False])
+def test_latents_equal_those_of_diffusers_whatever_the_scheduler(
+    family: tuple[str, Path], scale: float, num_steps: int, own_solver: bool, tmp_path: Path
+) -> None:
+    name, model = family
+    config = config_of(family)
+    pipeline: Any = getattr(diffusers, config.pipeline_class).from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    if not own_solver:
+        pipeline.scheduler = euler(pipeline.scheduler)
+        pipeline.save_pretrained(tmp_path)
+        config = config_of((name, tmp_path))
+    take_first_order_steps(name, pipeline)
+    settings = SamplingTable(num_steps=num_steps, guidance_scale=scale)
+    policy = config.load("cpu", settings, "sampler")
+    latents = sample_trajectories(policy, PROMPTS, SEEDS, settings, range(0)).final_latents
+    noise = given_latents(name, next(image_noise(SEEDS, policy.latent_shape)))
+    keys = {**call_keys(name, scale), "num_inference_steps": num_steps, "latents": noise}
+    plain = pipeline(prompt=PROMPTS, **keys | {"output_type": "latent"}).frames
+    torch.testing.assert_close(given_latents(name, latents), plain, rtol=1e-5, atol=1e-5)
+    difference = np.abs(policy.decode(latents).numpy().astype(int) - shown(pipeline(prompt=PROMPTS, **keys)))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.005
+
+
+def test_a_number_of_frames_that_the_decoder_cannot_make_is_refused_with_its_neighbours(
+    family: tuple[str, Path],
+) -> None:
+    unit = config_of(family).frames_per_latent
+    with pytest.raises(
+        ValueError, match=rf"policy.num_frames is 6: .* multiple of {unit}, such as {unit + 1 - unit * (unit > 5)} or"
+    ):
+        config_of(family, num_frames=6).check()
+    for frames in (1, 2 * unit + 1):
+        config = config_of(family, num_frames=frames)
+        policy = config.load("cpu", SAMPLING, "sampler")
+        clips = policy.decode(torch.randn(1, *policy.latent_shape))
+        assert clips.shape == (1, frames, 16, 16, 3) and policy.num_frames == frames
+        assert config.sizes(SAMPLING, "cpu").latent_shape == policy.latent_shape
+
+
+def test_in_half_precision_sampler_and_learner_keep_the_weights_that_diffusers_keeps_in_float32(
+    family: tuple[str, Path],
+) -> None:
+    config = config_of(family, dtype="bfloat16")
+    sampler, learner = (config.load("cpu", SAMPLING, role) for role in ("sampler", "learner"))
+    network: Any = getattr(diffusers, config.network_class).from_pretrained(
+        family[1] / config.network_name, torch_dtype=torch.bfloat16
+    )
+    expected = {name: value.dtype for name, value in (*network.named_parameters(), *network.named_buffers())}
+    for policy in (sampler, learner):
+        held = (*policy.network.named_parameters(), *policy.network.named_buffers())
+        found = {name.replace(".base_layer", ""): value.dtype for name, value in held if "lora_" not in name}
+        assert found == expected
+    scatter(learner.network)
+    sampler.load_weights(read_weights(learner.network, 1))
+    trajectory = sample_trajectories(sampler, PROMPTS, SEEDS, SAMPLING)
+    assert torch.equal(score(learner, trajectory), trajectory.log_probs)
+
+
+def test_clips_are_decoded_one_by_one_and_those_without_finite_pixels_are_named(family: tuple[str, Path]) -> None:
+    policy = config_of(family).load("cpu", SAMPLING, "sampler")
+    latents = torch.randn(3, *policy.latent_shape)
+    sound = policy.decode(latents)
+    assert policy.not_finite == ()
+    latents[1] = torch.nan
+    clips = policy.decode(latents)
+    assert policy.not_finite == (1,) and torch.equal(clips[::2], sound[::2])
