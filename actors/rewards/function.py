@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field, PrivateAttr
 
 from ray_ddpo.actors.rewards.contract import asks_for_clips, asks_for_inputs, check_signature, under_contract
-from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
+from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
 from ray_ddpo.common.differentiable_reward import DifferentiableReward
 from ray_ddpo.common.prompts import Prompt, refuse_without_inputs
 from ray_ddpo.common.recipe.registry import import_object
@@ -63,7 +63,16 @@ class FunctionReward(Reward):
         except ValueError:  # loading reports it
             return
         if asks_for_inputs(function):
+            self._refuse_inputs_with_gradient()
             refuse_without_inputs(prompts, self.users_code)
+
+    def _refuse_inputs_with_gradient(self) -> None:
+        """Raise RewardMistake if the function, which asks for input images, is called with tensors, and so without them."""
+        if self.differentiable:
+            raise RewardMistake(
+                f"{self.users_code} has a parameter inputs, and differentiable is true: a differentiable function gets "
+                "images, prompts and metadata alone; leave one of the two out"
+            )
 
     def _function(self) -> Any:
         """Return what the path names, which is no function if the user mistook it.
@@ -87,6 +96,8 @@ class FunctionReward(Reward):
             ValueError: there is no such function, or it was handed over to an earlier process only.
         """
         function = self._function()
+        if asks_for_inputs(function):
+            self._refuse_inputs_with_gradient()
         called = _on_arrays(function, device) if self.differentiable else function
         return under_contract(called, self.users_code, not self.differentiable and asks_for_inputs(function))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ray_ddpo.common.model_files.model_hub import first_line
 from ray_ddpo.common.print_line import print_line
 
 
@@ -24,7 +25,12 @@ def compile_in_turn(role: str, key: str, compile_now: Callable[[], object], fold
         key: everything that decides the compiled code. Processes with equal keys take turns.
         compile_now: the call that compiles. Its result is dropped.
         folder: torch's cache, by default that of TORCHINDUCTOR_CACHE_DIR.
+
+    Raises:
+        ValueError: torch cannot compile the network.
     """
+    from torch._dynamo.exc import TorchDynamoException
+
     whole = "\n".join([key, torch.__version__, _device_name()])
     cache = folder or _cache_folder()
     base = cache / f"ray_ddpo-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
@@ -32,7 +38,14 @@ def compile_in_turn(role: str, key: str, compile_now: Callable[[], object], fold
         others = "first on this machine; the others take its cache" if is_first else "from this machine's cache"
         print_line(f"compiling the {role}'s network ({others}) …", to_stdout=True)
         start = time.perf_counter()
-        compile_now()
+        try:
+            compile_now()
+        except TorchDynamoException as error:
+            less = '"sampler" or "none"' if role == "learner" else '"none"'
+            raise ValueError(
+                f"policy.compile: torch cannot compile the {role}'s network: {first_line(error)}; give policy.compile = "
+                f"{less}, or policy.compile_blocks = true"
+            ) from error
         print_line(f"compiled the {role}'s network in {time.perf_counter() - start:.0f} s", to_stdout=True)
 
 

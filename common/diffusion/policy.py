@@ -346,8 +346,7 @@ class PolicyConfig(Component, ABC):
 
     def files_of(self, role: Role) -> tuple[Weights, ...]:
         """Return the files that a role's `load` reads, to be fingerprinted. Defaults to all files below `model`."""
-        path = Path(os.path.expanduser(self.model))
-        if self.needs() or not path.exists():
+        if self.needs() or not (path := Path(os.path.expanduser(self.model))).exists():
             return self.needs()
         if path.is_file():
             return (file_of(str(path), "", "", "policy.model"),)

@@ -62,6 +62,8 @@ def write_file(run: str, output: str) -> str:
         raise ValueError(f"the run {run} has no pair to write: {'; '.join(left_out) or 'its ledger is empty'}")
     write_preferences(Path(output), preferences)
     notes = [f"{output}: {len(preferences)} pairs of {len({each.prompt for each in preferences})} prompts", *left_out]
+    if recipe.prompts.table().get("image_column"):
+        notes.append("the prompts' input images are not in the file: a row has a text and two images")
     return "\n".join(notes)
 
 

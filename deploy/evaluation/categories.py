@@ -35,8 +35,9 @@ class CategoryMean:
 
 
 def category(prompt: Prompt) -> str:
-    """Return the category of a prompt; `all` if the set has none."""
-    return str(prompt.metadata.get(CATEGORY, "all"))
+    """Return the category of a prompt; `all` if it has none, or null in a file."""
+    value = prompt.metadata.get(CATEGORY)
+    return "all" if value is None else str(value)
 
 
 def means_by_category(prompts: Sequence[Prompt], scores: Float[np.ndarray, "N"]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.model_card.card import loading
 from ray_ddpo.deploy.commands.report.scores import training_table
 from ray_ddpo.deploy.driver.components import build_components, components_of
-from ray_ddpo.deploy.evaluation.categories import means_by_category
+from ray_ddpo.deploy.evaluation.categories import category, means_by_category
 from ray_ddpo.handed_over import stored_rows
 from ray_ddpo.train import run_training
 from tests.accepted_page import assert_refused
@@ -114,6 +114,11 @@ def test_evaluate_and_report_show_the_input_images(run: Path, tmp_path: Path) ->
     assert (run / "report" / "before_after.png").exists()
 
 
+def test_pairs_of_an_editing_run_are_said_to_lack_its_input_images(run: Path, tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["preferences", str(run), "--output", str(tmp_path / "pairs.parquet")]) == 0
+    assert "the prompts' input images are not in the file" in capsys.readouterr().out
+
+
 def test_tables_and_categories_tell_images_of_one_text_apart(run: Path) -> None:
     recipe = Recipe.load(str(run / "recipe.toml"))
     table = training_table(Ledger(RunFolder(str(run)).storage, recipe.rollouts), "reward")
@@ -123,6 +128,7 @@ def test_tables_and_categories_tell_images_of_one_text_apart(run: Path) -> None:
     about = [{"tag": "color", "image": name, "image_sha256": name * 64} for name in "aab"]
     means = means_by_category([Prompt("make it red", each) for each in about], np.array([1.0, 1.0, 0.0]))
     assert means == {"color": 0.5}
+    assert [category(Prompt("a", {"tag": tag})) for tag in (None, "", 3)] == ["all", "", "3"]
 
 
 def test_a_stopped_run_resumes_to_the_same_bits_and_refuses_other_images(tables: dict, tmp_path: Path) -> None:

@@ -167,5 +167,10 @@ class FluxKontext(FluxFamily):
     pipeline_class: ClassVar[str] = "FluxKontextPipeline"
     published: ClassVar[dict[str, Configs]] = {"black-forest-labs/FLUX.1-Kontext-dev": DEV}
 
+    def pipeline_arguments(self, sampling: SamplingTable, size: tuple[int, int]) -> dict[str, Any]:
+        # By default the pipeline resizes output and input image to sizes that the model was trained with.
+        own = {"height": size[0], "width": size[1], "max_area": size[0] * size[1], "_auto_resize": False}
+        return super().pipeline_arguments(sampling, size) | own
+
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         return super().conditioning_shapes(configs) | {"input_latents": self.latent_shape(configs["transformer"])}

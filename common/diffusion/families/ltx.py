@@ -132,3 +132,6 @@ class LTX(VideoConfig):
             "prompt_embeds": (tokens, configs["text_encoder"]["d_model"]),
             "prompt_attention_mask": (tokens,),
         }
+
+    def pipeline_arguments(self, sampling: SamplingTable, size: tuple[int, int]) -> dict[str, Any]:
+        return super().pipeline_arguments(sampling, size) | {"frame_rate": self.frame_rate}

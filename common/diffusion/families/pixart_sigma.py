@@ -79,6 +79,10 @@ class PixArtSigma(DiffusersConfig):
     def text_parts(self) -> dict[str, tuple[str, str]]:
         return {"text_encoder": ("T5Config", "T5EncoderModel")}
 
+    def pipeline_arguments(self, sampling: SamplingTable, size: tuple[int, int]) -> dict[str, Any]:
+        # By default sizes are rounded and, if two further packages are installed, captions are cleaned.
+        return super().pipeline_arguments(sampling, size) | {"use_resolution_binning": False, "clean_caption": False}
+
     @property
     def size_unit(self) -> int:
         return math.lcm(super().size_unit, self.scale_factor * self.part_config("transformer").get("patch_size", PATCH))

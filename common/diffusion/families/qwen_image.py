@@ -124,6 +124,12 @@ class QwenImage(DiffusersConfig):
     def text_parts(self) -> dict[str, tuple[str, str]]:
         return {"text_encoder": ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration")}
 
+    def pipeline_arguments(self, sampling: SamplingTable, size: tuple[int, int]) -> dict[str, Any]:
+        arguments = super().pipeline_arguments(sampling, size)
+        # Without a negative prompt the pipeline does not guide, and its guidance_scale is another input.
+        guided = {"true_cfg_scale": arguments.pop("guidance_scale"), "negative_prompt": UNCONDITIONAL}
+        return guided | arguments
+
     @property
     def scale_factor(self) -> int:
         return 2 ** len(self.part_config("vae").get("temperal_downsample", (False, True, True)))

@@ -115,6 +115,14 @@ class Sana(DiffusersConfig):
     def text_parts(self) -> dict[str, tuple[str, str]]:
         return {"text_encoder": ("Gemma2Config", "Gemma2Model")}
 
+    def pipeline_arguments(self, sampling: SamplingTable, size: tuple[int, int]) -> dict[str, Any]:
+        own = {
+            "height": size[0],
+            "width": size[1],
+            "use_resolution_binning": False,
+        }  # by default 1024 × 1024, whatever the model
+        return super().pipeline_arguments(sampling, size) | own
+
     @property
     def size_unit(self) -> int:
         return math.lcm(PIPELINES_UNIT, self.scale_factor * self.part_config("transformer").get("patch_size", 1))

@@ -76,3 +76,7 @@ class VideoConfig(DiffusersConfig):
 
     def stochastic_steps(self, sampling: SamplingTable) -> int:
         return sampling.num_steps - 1
+
+    def pipeline_arguments(self, sampling: SamplingTable, size: tuple[int, int]) -> dict[str, Any]:
+        own = {"height": size[0], "width": size[1], "num_frames": self.num_frames}  # by default the published model's
+        return super().pipeline_arguments(sampling, size) | own

@@ -118,3 +118,7 @@ class Wan22(Wan):
         table = flow_match_table(dict(files["scheduler"]), sampling.num_steps, sampling.eta, None, False, sampling.sde)
         levels = of_experts(table, files["model_index"]["boundary_ratio"], self.expert).noise_level
         return int((levels > 0).sum())
+
+    def pipeline_arguments(self, sampling: SamplingTable, size: tuple[int, int]) -> dict[str, Any]:
+        scales = {} if self.guidance_scale_2 is None else {"guidance_scale_2": self.guidance_scale_2}
+        return super().pipeline_arguments(sampling, size) | scales

@@ -131,6 +131,11 @@ class ZImagePolicy(MaskedTextPolicy):
 
     config: "ZImage"
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        # The tables of rotary angles are made in the first call, in a way that cannot be compiled.
+        self.network.rope_embedder(torch.zeros(1, 3, device=self.device, dtype=torch.long))
+
     def _table(self, sampling: SamplingTable) -> FlowMatchTable:
         return self._flow_table(sampling, PATCH, evenly_spaced=True)
 

@@ -134,6 +134,24 @@ class DiffusersConfig(PolicyConfig):
         """Return the network's rows per image: 2 with classifier-free guidance, else 1."""
         return 2 if sampling.guidance_scale > self.guided_above else 1
 
+    def pipeline_arguments(self, sampling: SamplingTable, size: tuple[int, int]) -> dict[str, Any]:
+        """Return the arguments with which the family's pipeline samples as samplers do, for a model card's program.
+
+        The prompt, input images and steps are not among them.
+
+        Args:
+            sampling: the recipe's settings.
+            size: height and width of the images in pixels.
+        """
+        arguments: dict[str, Any] = {"guidance_scale": sampling.guidance_scale}
+        if sampling.negative_prompt:
+            arguments["negative_prompt"] = sampling.negative_prompt
+        if "max_sequence_length" in self.model_fields_set:
+            arguments["max_sequence_length"] = getattr(self, "max_sequence_length", None)
+        if self.given_sizes:  # both, because some pipelines ignore one without the other
+            arguments |= {"height": size[0], "width": size[1]}
+        return arguments
+
     def taken_channels(self, latent_channels: int) -> int:
         """Return how many channels the network takes, for latents of so many channels."""
         return self.latent_packing * latent_channels

@@ -153,6 +153,7 @@ def reference_policy(network: nn.Module) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+    trained = trained_parameters(network)
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -160,6 +161,8 @@ def reference_policy(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        for name, parameter in network.named_parameters():  # PEFT has made every adapter trainable
+            parameter.requires_grad_(name in trained)
 
 
 def adapted_layers(network: nn.Module) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCard
 
-from ray_ddpo.common.diffusion.families.flux import OWN_LATENT_SIZE
 from ray_ddpo.common.diffusion.families.video import VideoConfig
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.single_file import names_a_file
@@ -194,7 +193,8 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
     if full:
         lines.append(f'{part} = {policy.network_class}.from_pretrained({push.repo!r}, subfolder="{part}"{revision})')
         network = f", {part}={part}"
-    call = f"{_reader(policy, base)}{network})"
+    left_out = "".join(f", {name}=None" for name in policy.loading if name in policy.switches)
+    call = f"{_reader(policy, base)}{network}{left_out})"
     lines.append(f"pipeline = {policy.pipeline_class}.{call}{_where(policy, base)}")
     if policy.scheduler_class:
         lines.append(
@@ -214,22 +214,16 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
 
 def _sampling_lines(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> list[str]:
     """Return the call of the pipeline with the run's sampling settings, and the line that saves what it makes."""
-    sampling, keys = recipe.sampling, [f"prompt={prompt!r}" if policy.reads_inputs else repr(prompt)]
+    sampling, keys = recipe.sampling, [f"prompt={prompt!r}"]  # by name: some pipelines take an image first
     keys += [f'{INPUT_ARGUMENTS[name]}=Image.open("{name}.png")' for name in policy.reads_inputs]
-    keys += [f"num_inference_steps={sampling.num_steps}", f"guidance_scale={sampling.guidance_scale}"]
+    keys.append(f"num_inference_steps={sampling.num_steps}")
+    sides = policy.latent_shape(policy.part_config(policy.network_name))[-2:]
+    height, width = (policy.scale_factor * side for side in sides)
+    keys += [f"{name}={value!r}" for name, value in policy.pipeline_arguments(sampling, (height, width)).items()]
     if policy.scheduler_class:  # pipelines of flow models add no noise
         keys.append(f"eta={0.0 if sampling.deterministic else sampling.eta}")
-    if policy.given_sizes:  # both, because some pipelines ignore one without the other
-        own = policy.part_config(policy.network_name).get("sample_size", OWN_LATENT_SIZE)
-        height, width = (policy.scale_factor * side for side in policy.latent_sides(own))
-        keys += [f"height={height}", f"width={width}"]
-        if policy.pipeline_class == "FluxKontextPipeline":  # else it resizes the output, and the input image
-            keys += [f"max_area={height * width}", "_auto_resize=False"]
-    if sampling.negative_prompt:
-        keys.append(f"negative_prompt={sampling.negative_prompt!r}")
     made, attribute, save = "image", "images", 'image.save("image.png")'
     if isinstance(policy, VideoConfig):
-        keys.append(f"num_frames={policy.num_frames}")
         made, attribute = "frames", "frames"
         save = f'export_to_video(frames, "video.mp4", fps={policy.frame_rate:g})'
     return [

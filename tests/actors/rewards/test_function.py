@@ -36,3 +36,14 @@ def test_a_path_without_a_function_is_refused() -> None:
 def test_a_missing_function_is_named_with_its_module_when_the_reward_is_loaded() -> None:
     with pytest.raises(ValueError, match="reward.path is 'tests.user_functions:sharpness'.*has no 'sharpness'"):
         FunctionReward(path="tests.user_functions:sharpness").load("cpu")
+
+
+def test_a_differentiable_function_that_asks_for_input_images_is_refused_before_the_run() -> None:
+    def likeness(images: object, prompts: object, metadata: object, inputs: object = None) -> list[float]:
+        raise AssertionError("it is not called")
+
+    reward = FunctionReward.of(likeness, differentiable=True)
+    with pytest.raises(ValueError, match="has a parameter inputs, and differentiable is true"):
+        reward.check_prompts([])
+    with pytest.raises(ValueError, match="has a parameter inputs, and differentiable is true"):
+        reward.load("cpu")

@@ -5,8 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ray_ddpo.common.diffusion.compile_turns import compile_in_turn
+from tests.accepted_page import assert_refused
 
 PROCESSES = 4
 
@@ -70,3 +72,16 @@ def test_networks_of_other_keys_do_not_wait(tmp_path: Path) -> None:
     thread.start()
     thread.join(timeout=10)
     assert not thread.is_alive()
+
+
+def test_a_network_that_torch_cannot_compile_is_refused_with_what_to_give_instead(tmp_path: Path) -> None:
+    def network(inputs: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return inputs + 1
+
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    with pytest.raises(ValueError) as error:
+        compile_in_turn("learner", "key", lambda: compiled(torch.zeros(1)), tmp_path)
+    assert_refused("a network that torch cannot compile", str(error.value))
+    with pytest.raises(ValueError, match='give policy.compile = "none", or policy.compile_blocks = true'):
+        compile_in_turn("sampler", "key", lambda: compiled(torch.zeros(1)), tmp_path)

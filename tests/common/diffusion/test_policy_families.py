@@ -15,7 +15,7 @@ from ray_ddpo.common.diffusion.families.flux import Flux, token_places
 from ray_ddpo.common.diffusion.families.packing import packed, unpacked
 from ray_ddpo.common.diffusion.families.sd3 import SD3
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
-from ray_ddpo.common.diffusion.lora.adapters import read_lora_settings
+from ray_ddpo.common.diffusion.lora.adapters import read_lora_settings, reference_policy, trained_parameters
 from ray_ddpo.common.diffusion.lora.files import lora_file
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.registry import build
@@ -240,3 +240,11 @@ def test_an_sdxl_in_float16_decodes_in_float32(tmp_path: Path) -> None:
         for dtype in ("float32", "float16", "bfloat16")
     ]
     assert dtypes == [torch.float32, torch.float32, torch.bfloat16]
+
+
+def test_the_reference_policy_leaves_the_same_parameters_trained(family: tuple[str, Path]) -> None:
+    network = loaded(config_of(family), "learner").network
+    before = list(trained_parameters(network))
+    with reference_policy(network):
+        assert not any("lora" in name for name in trained_parameters(network))
+    assert list(trained_parameters(network)) == before and before

@@ -84,3 +84,9 @@ def test_a_negative_prompt_has_an_effect_from_any_guidance_above_0(model: Path) 
         policy = config.load("cpu", sampling, "sampler")
         said = cut_prompts_in_words(policy.text_readers(), ["cat"], sampling, policy.guided_above) or ""
         assert policy.branches == branches and ("guidance_scale 0 is not above 0" in said) == (scale == 0)
+
+
+def test_a_loaded_network_has_its_rotary_tables_because_their_making_cannot_be_compiled(model: Path) -> None:
+    keys: dict[str, Any] = {"resolution": 16, "max_sequence_length": 38}
+    network = ZImage(model=str(model), **keys).load("cpu", SamplingTable(num_steps=4), "learner").network
+    assert [len(table) for table in network.rope_embedder.freqs_cis] == [128, 32, 32]
