@@ -170,7 +170,7 @@ def _load_folder(
     for name in _loaded_files(config, folder, role):
         check_file(folder / name)
     parts = {part: load_part(config, folder, part, found) for part, found in weights.items()}
-    others = {**config.loading, **unused, **parts}
+    others = {**config.loading, **unused, **parts, **(config.made_parts(folder) if role == "sampler" else {})}
     return pipeline_class.from_pretrained(
         str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=False, **others
     )
