@@ -17,15 +17,8 @@ from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.registry import build, component_class
 from ray_ddpo.common.recipe.tables import SamplingTable
-from tests.tiny_families import (
-    BY_DDIM,
-    call_keys,
-    given_latents,
-    policy_table,
-    shown,
-    shown_latents,
-    take_first_order_steps,
-)
+from tests.own_pipelines import own_call, own_pipeline
+from tests.tiny_families import BY_DDIM, call_keys, policy_table, shown, shown_latents
 
 ABSENT = object()  # the key is taken out of the file
 PROMPTS, SEEDS = ["a cat", "abcdefgh ijklm"], [3, 4]
@@ -60,7 +53,7 @@ class Sampled:
 def config_file(model: Path, part: str) -> Path:
     if part == "model_index":
         return model / "model_index.json"
-    names = {"scheduler": "scheduler_config.json"}
+    names = {"scheduler": "scheduler_config.json", "processor": "preprocessor_config.json"}
     return model / part / names.get(part, "tokenizer_config.json" if part.startswith("tokenizer") else "config.json")
 
 
@@ -87,7 +80,7 @@ def _write_weights(model: Path, part: str, keys: dict[str, Any]) -> None:
     import diffusers
     import transformers
 
-    if part in ("model_index", "scheduler") or part.startswith("tokenizer"):
+    if part in ("model_index", "scheduler", "processor") or part.startswith("tokenizer"):
         return
     library, name = json.loads((model / "model_index.json").read_text())[part]
     made: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
@@ -110,16 +103,12 @@ def plain_pipeline(name: str, model: Path) -> Any:
     """Load the folder with diffusers alone. Solvers take steps of first order, of DDIM without clipping if of betas."""
     import diffusers
 
-    keys = {"safety_checker": None} if name == "stable_diffusion" else {}
-    pipeline: Any = getattr(diffusers, config_of(name, model).pipeline_class).from_pretrained(model, **keys)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = own_pipeline(name, config_of(name, model), model, first_order=name not in BY_DDIM)
     config = pipeline.scheduler.config
     if name in BY_DDIM and not isinstance(pipeline.scheduler, diffusers.DDIMScheduler):
         written = json.loads(config_file(model, "scheduler").read_text())
         silent = {} if "clip_sample" in written or "DDPM" in config["_class_name"] else {"clip_sample": False}
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(config, **silent)
-    elif name not in BY_DDIM:
-        take_first_order_steps(name, pipeline)
     return pipeline
 
 
@@ -130,8 +119,6 @@ def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) ->
     keys: dict[str, Any] = {"num_inference_steps": num_steps, **call_keys(name, SCALE)}
     if name in BY_DDIM:
         keys |= {"eta": eta, "generator": [torch.Generator().manual_seed(seed) for seed in SEEDS]}
-    else:
-        keys["latents"] = given_latents(name, next(image_noise(SEEDS, latent_shape)))
 
     step = pipeline.scheduler.step
 
@@ -141,8 +128,10 @@ def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) ->
         return (seen[-1],)
 
     pipeline.scheduler.step = watch
-    images = shown(pipeline(prompt=PROMPTS, **keys))
-    return Sampled(seen[-1], images)
+    noise = None if name in BY_DDIM else next(image_noise(SEEDS, latent_shape))
+    images = own_call(name, pipeline, PROMPTS, noise, **keys)
+    last = seen[num_steps - 1 :: num_steps]  # one of each call
+    return Sampled(torch.cat(last), shown(images))
 
 
 def ours_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Sampled:

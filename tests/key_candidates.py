@@ -344,6 +344,20 @@ FLOW_PARTS: dict[str, dict[str, list[Any]]] = {
     "text_encoder": CLIP,
     "tokenizer": TOKENIZER,
 }
+# Without torchvision no Qwen2VLProcessor of transformers can be loaded, so both sides read this part by one class.
+PROCESSOR: dict[str, list[Any]] = {
+    "size": [{"shortest_edge": 12544, "longest_edge": 1003520}],
+    "min_pixels": [12544],
+    "patch_size": [7],
+    "merge_size": [1],
+    "temporal_patch_size": [1],
+    "image_mean": [[0.1, 0.2, 0.3]],
+    "do_rescale": [False],
+    "do_resize": [False],
+    "resample": [0],
+}
+QWEN_EDIT = {"transformer": QWEN_IMAGE, "vae": QWEN_DECODER, "scheduler": FLOW, "text_encoder": QWEN_TEXT}
+QWEN_EDIT |= {"tokenizer": QWEN_TOKENIZER, "processor": PROCESSOR}
 PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "stable_diffusion": UNET_PARTS | {"vae": TINY_DECODER, "text_encoder": CLIP, "tokenizer": TOKENIZER},
     "sdxl": UNET_PARTS
@@ -351,7 +365,12 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "sd3": FLOW_PARTS
     | {"transformer": SD3, "text_encoder_2": CLIP, "text_encoder_3": T5, "tokenizer_2": TOKENIZER}
     | {"tokenizer_3": T5_TOKENIZER},
+    "sd_inpainting": UNET_PARTS
+    | {"unet": UNET | {"in_channels": [4, 8]}, "vae": TINY_DECODER, "text_encoder": CLIP, "tokenizer": TOKENIZER},
     "flux": FLOW_PARTS | {"transformer": FLUX, "text_encoder_2": T5, "tokenizer_2": T5_TOKENIZER},
+    "flux_kontext": FLOW_PARTS | {"transformer": FLUX, "text_encoder_2": T5, "tokenizer_2": T5_TOKENIZER},
+    "qwen_image_edit": QWEN_EDIT,
+    "qwen_image_edit_plus": QWEN_EDIT,
     "qwen_image": {"transformer": QWEN_IMAGE, "vae": QWEN_DECODER, "scheduler": FLOW, "text_encoder": QWEN_TEXT}
     | {"tokenizer": QWEN_TOKENIZER},
     "flux2": {"transformer": FLUX2, "vae": FLUX2_DECODER, "scheduler": FLOW, "tokenizer": CHAT_TOKENIZER},

@@ -1,6 +1,6 @@
 """Small pipelines of the model families with random weights, of diffusers' own classes and in their format."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,9 @@ from PIL import Image
 from ray_ddpo.common.diffusion.families.packing import packed
 from tests.tiny_decoders import EIGHTFOLD, FLOW_AUTOENCODER
 from tests.tiny_flux2 import save_tiny_flux2, save_tiny_flux2_klein
-from tests.tiny_language_models import (
-    QWEN_IMAGE_TEMPLATE,
-    tiny_chat_tokenizer,
-    tiny_qwen3,
-    tiny_qwen_tokenizer,
-    tiny_qwen_vl,
-)
+from tests.tiny_language_models import tiny_chat_tokenizer, tiny_qwen3
 from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
+from tests.tiny_qwen_image import save_tiny_qwen_image, save_tiny_qwen_image_edit, save_tiny_qwen_image_edit_plus
 from tests.tiny_text_to_image import save_tiny_pixart_sigma, save_tiny_sana, tiny_t5, tiny_t5_tokenizer
 from tests.tiny_video import FRAMES, save_tiny_ltx, save_tiny_wan, save_tiny_wan22
 
@@ -134,54 +129,6 @@ def save_tiny_flux_kontext(folder: Path, seed: int = 0, **scheduler: object) -> 
     return save_tiny_flux(folder, seed, "FluxKontextPipeline", **scheduler)
 
 
-def save_tiny_qwen_image(folder: Path, seed: int = 0, **scheduler: object) -> Path:
-    """Write the pipeline. `scheduler` changes its configuration, which ends above noise level 0."""
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
-
-    torch.manual_seed(seed)
-    transformer = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=(4, 6, 6),
-    )
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1, -0.2, 0.0, 0.3],
-        latents_std=[1.5, 0.7, 1.0, 2.0],
-    )
-    keys: Any = {
-        "use_dynamic_shifting": True,
-        "base_shift": 0.5,
-        "max_shift": 0.9,
-        "max_image_seq_len": 8192,
-        "shift_terminal": 0.02,
-        **scheduler,
-    }
-    tokenizer = tiny_qwen_tokenizer(QWEN_IMAGE_TEMPLATE, 34)
-    QwenImagePipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(**keys),
-        vae=vae,
-        text_encoder=tiny_qwen_vl(32, len(tokenizer)),
-        tokenizer=tokenizer,
-    ).save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
 def save_tiny_z_image(folder: Path, seed: int = 0, **scheduler: object) -> Path:
     """Write the pipeline. `scheduler` changes its configuration. The template is 26 tokens before the prompt, 1 after."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
@@ -259,6 +206,8 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "flux": save_tiny_flux,
     "flux_kontext": save_tiny_flux_kontext,
     "qwen_image": save_tiny_qwen_image,
+    "qwen_image_edit": save_tiny_qwen_image_edit,
+    "qwen_image_edit_plus": save_tiny_qwen_image_edit_plus,
     "flux2": save_tiny_flux2,
     "flux2_klein": save_tiny_flux2_klein,
     "z_image": save_tiny_z_image,
@@ -272,9 +221,11 @@ FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has 
     "digits:Digits": save_tiny_digits,
     "shapes:Shapes": save_tiny_shapes,
 }
+QWEN_IMAGE = ("qwen_image", "qwen_image_edit", "qwen_image_edit_plus")
+EDITING = ("flux_kontext", "sd_inpainting", "qwen_image_edit", "qwen_image_edit_plus")
 # Families with a mask get prompts of different lengths, so that their masks differ.
 PROMPTS = {
-    **dict.fromkeys(("qwen_image", "pixart_sigma", "sana", "ltx"), ["a cat", "a calf", "cow"]),
+    **dict.fromkeys((*QWEN_IMAGE, "pixart_sigma", "sana", "ltx"), ["a cat", "a calf", "cow"]),
     "z_image": ["a cat", "a long calf", "cow"],  # 32, 38 and 30 tokens with the template, and so 32 and 64 with filling
     "digits:Digits": ["seven", "3", "a two"],
     "shapes:Shapes": ["disc", "ring", "cross"],
@@ -284,6 +235,8 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
     "flux": {"max_sequence_length": 12, "resolution": 16},
     "flux_kontext": {"max_sequence_length": 12, "resolution": 16},
     "qwen_image": {"max_sequence_length": 12, "resolution": 16},
+    "qwen_image_edit": {"max_sequence_length": 14, "resolution": 16},  # with 2 marks of the image
+    "qwen_image_edit_plus": {"max_sequence_length": 25, "resolution": 16},  # with "Picture 1: " as well
     "flux2": {"max_sequence_length": 17, "resolution": 16},
     "flux2_klein": {"max_sequence_length": 17, "resolution": 16},
     "z_image": {"max_sequence_length": 38, "resolution": 16},
@@ -296,15 +249,19 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
 
 SAFETY_CHECKED = ("stable_diffusion", "sd_inpainting")  # families whose pipelines ask for a safety checker
 BY_DDIM = (*SAFETY_CHECKED, "sdxl", "pixart_sigma")  # families that step by DDIM
-PACKED = ("flux", "flux_kontext", "qwen_image")  # families whose pipelines take and give tokens instead of latents
+PACKED = ("flux", "flux_kontext", *QWEN_IMAGE)  # families whose pipelines take and give tokens instead of latents
 UNGUIDED = ("flux", "flux_kontext", "flux2")  # families whose guidance is an input of the network
 VIDEO = ("wan", "wan22", "ltx")
 WITHOUT_NEGATIVE = (*UNGUIDED, "flux2_klein")  # families whose pipelines take no negative prompt
 
 
-def kontext_keys(image: Image.Image) -> dict[str, Any]:
-    """Return the arguments with which FLUX Kontext's pipeline takes an input image as it is."""
-    return {"image": image, "max_area": image.width * image.height, "_auto_resize": False}
+def image_keys(name: str, image: Image.Image) -> dict[str, Any]:
+    """Return the arguments with which a family's own pipeline edits an image of the output's size, all of it."""
+    if name == "sd_inpainting":
+        return {"image": image, "mask_image": Image.new("L", image.size, 255)}
+    if name == "flux_kontext":
+        return {"image": image, "max_area": image.width * image.height, "_auto_resize": False}
+    return {"image": image} if name in EDITING else {}
 
 
 def given_latents(name: str, latents: torch.Tensor) -> torch.Tensor:
@@ -322,37 +279,28 @@ def shown_latents(name: str, latents: torch.Tensor) -> torch.Tensor:
 def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str, Any]:
     """Return the arguments with which a family's own pipeline samples two images of the small model with guidance."""
     size = {"height": 16, "width": 16}
-    if name == "qwen_image":
+    size |= image_keys(name, Image.new("RGB", (16, 16)))
+    if name in QWEN_IMAGE:
         negatives = [" " if negative is None else negative] * 2
         return {"true_cfg_scale": scale, "negative_prompt": negatives, "max_sequence_length": 12, **size}
-    if name == "sd_inpainting":
-        blank = {"image": Image.new("RGB", (16, 16)), "mask_image": Image.new("L", (16, 16), 255), **size}
-        return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **blank}
     length = KEYS.get(name, {}).get("max_sequence_length")
     text = {} if length is None else {"max_sequence_length": length}
-    if name == "flux_kontext":
-        return {"guidance_scale": scale, **text, **size, **kontext_keys(Image.new("RGB", (16, 16)))}
     if name in ("sana", "pixart_sigma"):
         # Sizes of the model's own list would be taken instead of these.
         text, negative = {**KEYS[name], "use_resolution_binning": False}, negative or ""
         text |= {"height": 32, "width": 32} if name == "sana" else {}
     if name in WITHOUT_NEGATIVE:
         return {"guidance_scale": scale, **text, **size}
-    text |= size if name in ("z_image", *VIDEO) else {}
+    text |= size if name in ("z_image", "sd_inpainting", *VIDEO) else {}
     text |= {"num_frames": FRAMES, "output_type": "pil"} if name in VIDEO else {}
     text |= {"height": 32, "width": 32} if name == "ltx" else {}
     return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **text}
 
 
-def shown(sampled: Any) -> np.ndarray:
-    """Return what a family's own pipeline made, of 0 to 255, with the axis of frames of a video."""
-    made = getattr(sampled, "images", None) or sampled.frames
-    return np.stack(
-        [
-            np.stack([np.asarray(frame) for frame in each]) if isinstance(each, list) else np.asarray(each)
-            for each in made
-        ]
-    ).astype(int)
+def shown(made: Sequence[Any]) -> np.ndarray:
+    """Return what a family's own pipeline made, images or lists of frames, as numbers of 0 to 255."""
+    clips = [np.stack([np.asarray(frame) for frame in each]) if isinstance(each, list) else each for each in made]
+    return np.stack([np.asarray(each) for each in clips]).astype(int)
 
 
 def take_first_order_steps(name: str, pipeline: Any) -> None:

@@ -7,10 +7,20 @@ QWEN_IMAGE_TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
+QWEN_EDIT_TEMPLATE = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
+    "that meets the user's requirements while maintaining consistency with the original input where appropriate."
+    "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+VISION_MARKS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 
 
-def tiny_qwen_tokenizer(template: str, length: int) -> Any:
-    """Return a tokenizer of bytes, that reads the template's text before the prompt as `length` tokens, and 1 after it."""
+def tiny_qwen_tokenizer(template: str, length: int, marks: tuple[str, ...] = ()) -> Any:
+    """Return a tokenizer of bytes, that reads the template's text before the prompt as `length` tokens, and 1 after it.
+
+    Each of `marks` is a token as well.
+    """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
@@ -19,7 +29,7 @@ def tiny_qwen_tokenizer(template: str, length: int) -> Any:
     before, after = template.split("{}")
     edges = [round(at * len(before) / length) for at in range(length + 1)]
     pieces = [before[start:stop] for start, stop in itertools.pairwise(edges)]
-    tokenizer.add_special_tokens({"extra_special_tokens": [*dict.fromkeys(pieces), after]})
+    tokenizer.add_special_tokens({"extra_special_tokens": [*dict.fromkeys(pieces), after, *marks]})
     return tokenizer
 
 
@@ -65,12 +75,16 @@ def tiny_qwen3(width: int, vocabulary: int, layers: int = 2, with_head: bool = F
     return (Qwen3ForCausalLM if with_head else Qwen3Model)(Qwen3Config(**keys))
 
 
-def tiny_qwen_vl(width: int, vocabulary: int) -> Any:
-    """Return a Qwen2.5-VL."""
+def tiny_qwen_vl(width: int, tokenizer: Any) -> Any:
+    """Return a Qwen2.5-VL. Where the tokenizer has a token for images, the model sees them."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    text: Any = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "vocab_size": vocabulary}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    text: Any = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1}
+    text |= {"vocab_size": len(tokenizer), "num_attention_heads": 2, "num_key_value_heads": 1}
     text |= {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
     vision: Any = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    named = tokenizer.get_added_vocab()
+    marks = {"image_token_id": "<|image_pad|>", "vision_start_token_id": "<|vision_start|>"}
+    marks |= {"vision_end_token_id": "<|vision_end|>"}
+    ids: Any = {key: named[mark] for key, mark in marks.items() if mark in named}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))

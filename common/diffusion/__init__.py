@@ -10,6 +10,8 @@ POLICIES: Registry = {
     "flux": "ray_ddpo.common.diffusion.families.flux:Flux",
     "flux_kontext": "ray_ddpo.common.diffusion.families.flux:FluxKontext",
     "qwen_image": "ray_ddpo.common.diffusion.families.qwen_image:QwenImage",
+    "qwen_image_edit": "ray_ddpo.common.diffusion.families.qwen_image_edit:QwenImageEdit",
+    "qwen_image_edit_plus": "ray_ddpo.common.diffusion.families.qwen_image_edit:QwenImageEditPlus",
     "flux2": "ray_ddpo.common.diffusion.families.flux2:Flux2",
     "flux2_klein": "ray_ddpo.common.diffusion.families.flux2:Flux2Klein",
     "z_image": "ray_ddpo.common.diffusion.families.z_image:ZImage",

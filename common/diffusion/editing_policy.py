@@ -12,17 +12,26 @@ from ray_ddpo.common.diffusion.policy import Conditioning
 from ray_ddpo.common.input_images import InputImages, blank_inputs
 
 
+def joined_rows(rows: list[Conditioning]) -> Conditioning:
+    """Return single rows below each other, by name."""
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
 class EditingPolicy(DiffusersPolicy):
     """A loaded pipeline that edits images. Input images are encoded without noise, so that their rows never change."""
 
     @torch.no_grad()
     def encode(self, prompts: list[str], inputs: InputImages | None = None) -> Conditioning:
         inputs = inputs or blank_inputs(len(prompts), self.image_size())
-        texts = super().encode(prompts)
+        texts = self._encode_texts(prompts, inputs)
         with self._at_work(self.vae):
             # One image at a time: in a batch, its last bits would depend on the other images.
             rows = [self._encode_input(*self._on_device(inputs, row)) for row in range(len(prompts))]
-        return texts | {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return texts | joined_rows(rows)
+
+    def _encode_texts(self, prompts: list[str], inputs: InputImages) -> Conditioning:
+        """Return the rows of the text encoders, which in some families see the input images too."""
+        return super().encode(prompts)
 
     @abstractmethod
     def _encode_input(self, pixels: Float[Tensor, "1 3 H2 W2"], mask: Float[Tensor, "1 1 H2 W2"]) -> Conditioning:
@@ -35,7 +44,9 @@ class EditingPolicy(DiffusersPolicy):
 
     def _latents_of(self, pixels: Float[Tensor, "1 3 H2 W2"]) -> Float[Tensor, "1 C *S"]:
         """Return the mode of the encoder's posterior, as the network takes latents."""
-        return self._scaled(self.config.encoded(self.vae, pixels, torch.zeros((), device=pixels.device)))
+        return self._scaled(
+            self.config.encoded(self.vae, pixels, torch.zeros(1, *self.latent_shape, device=pixels.device))
+        )
 
     def _on_device(self, inputs: InputImages, row: int) -> tuple[Tensor, Tensor]:
         """Return one prompt's pixels and mask as the encoder takes them."""

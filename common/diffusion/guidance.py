@@ -7,9 +7,15 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 BOTH = "negative_and_"  # prefix of rows of both branches, the unconditional one first
+NEGATIVE = "negative_"  # prefix of rows of the unconditional branch
 INPUT = "input_"  # prefix of rows of input images
 Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]  # (latents, timesteps, rows of conditioning) → output
 Combine = Callable[[Tensor, Tensor, float], Tensor]  # (unconditional, conditional, guidance scale) → guided output
+
+
+def is_shared(name: str) -> bool:
+    """Return whether all prompts share one row: those of the negative prompt, unless they depend on the input image."""
+    return name.startswith(NEGATIVE) and not name.startswith(NEGATIVE + INPUT)
 
 
 def extrapolated(
@@ -50,7 +56,7 @@ def join_branches(conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
         return joined
 
     def negative(name: str, value: Tensor) -> Tensor:
-        own = f"negative_{name}"
+        own = NEGATIVE + name
         return value if name.startswith(INPUT) and own not in conditioning else conditioning[own]
 
     rows = _positive(conditioning).items()
@@ -58,4 +64,4 @@ def join_branches(conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _positive(conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in conditioning.items() if not name.startswith("negative_")}
+    return {name: value for name, value in conditioning.items() if not name.startswith(NEGATIVE)}

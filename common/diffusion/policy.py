@@ -14,6 +14,7 @@ from torch import Tensor
 from ray_ddpo.common.base_parts import Base, entry_base
 from ray_ddpo.common.cached_memory import return_cached_memory
 from ray_ddpo.common.diffusion.graphed import GraphedNetwork
+from ray_ddpo.common.diffusion.guidance import is_shared
 from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters, load_weights
 from ray_ddpo.common.diffusion.lora.files import files_of_lora
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
@@ -94,7 +95,7 @@ class Policy(OptionalMethods, ABC):
 
     @abstractmethod
     def encode(self, prompts: list[str], inputs: InputImages | None = None) -> Conditioning:
-        """Return tensors with one row per prompt, and those named `negative_…` with one for all prompts.
+        """Return tensors with one row per prompt, and those that all prompts share (`is_shared`) with one.
 
         Only a family that `reads_inputs` gets `inputs`, a row per prompt; without, it takes black ones, to be tried.
         """
@@ -374,10 +375,8 @@ class PolicyConfig(Component, ABC):
 
 def select_rows(conditioning: Conditioning, index: Int[Tensor, "B"]) -> Conditioning:
     """Return one row for each of `index`. Rows that all prompts share are expanded without a copy."""
-    return {
-        name: value.expand(len(index), *value.shape[1:]) if name.startswith("negative_") else value[index]
-        for name, value in conditioning.items()
-    }
+    shared = {name: rows.expand(len(index), *rows.shape[1:]) for name, rows in conditioning.items() if is_shared(name)}
+    return {name: shared[name] if name in shared else rows[index] for name, rows in conditioning.items()}
 
 
 def autocast(device: str, dtype: torch.dtype, cached: bool = True) -> torch.autocast:

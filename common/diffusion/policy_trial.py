@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.execution import refuse_graphs_without_gpu
+from ray_ddpo.common.diffusion.guidance import is_shared
 from ray_ddpo.common.diffusion.host_loading import read_all_weights
 from ray_ddpo.common.diffusion.lora.adapters import load_weights, read_weights, trained_parameters
 from ray_ddpo.common.diffusion.lora.files import lora_file
@@ -132,7 +133,7 @@ def _encoded(policy: Policy, prompts: list[str]) -> Conditioning:
     named = isinstance(conditioning, dict) and conditioning and all(isinstance(key, str) for key in conditioning)
     refuse_unless(named, f"{name} returned {described(conditioning)}", "a dict of tensors by name, at least one")
     for key, value in conditioning.items():
-        count = 1 if key.startswith("negative_") else len(prompts)
+        count = 1 if is_shared(key) else len(prompts)
         what = "one row for all prompts" if count == 1 else f"{count} rows for {count} prompts"
         fits = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
         refuse_unless(fits, f"{name} returned {key!r} as {described(value)}", f"a tensor with {what}")

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ray_ddpo.common.diffusion.guidance import is_shared
 from ray_ddpo.common.diffusion.policy import Conditioning, select_rows
 from ray_ddpo.common.runtime import to_device
 from ray_ddpo.common.trajectory import Trajectory, TransitionBatch
@@ -130,6 +131,6 @@ def round_transitions(
 
 
 def _conditioning(trajectories: tuple[Trajectory, ...], name: str) -> Tensor:
-    if name.startswith("negative_"):  # the same for all prompts
+    if is_shared(name):
         return trajectories[0].conditioning[name]
     return torch.cat([trajectory.conditioning[name] for trajectory in trajectories])

@@ -43,19 +43,29 @@ QWEN_IMAGE: Configs = {
 
 
 def call_transformer(
-    network: Any, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, prompt_embeds_mask: Tensor
+    network: Any,
+    latents: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    prompt_embeds_mask: Tensor,
+    input_latents: Tensor | None = None,
 ) -> Tensor:
-    """Return the transformer's velocity prediction per row. The mask is above 0 at the tokens of the prompt."""
+    """Return the transformer's velocity prediction per row. The mask is above 0 at the tokens of the prompt.
+
+    Tokens of an input image stand behind those of the latents, and what the network says of them is ignored.
+    """
     height, width = latents.shape[-2:]
+    images = [latents] if input_latents is None else [latents, input_latents]
+    hidden_states = torch.cat([packed(image) for image in images], dim=1)
     tokens = network(
-        hidden_states=packed(latents),
+        hidden_states=hidden_states,
         timestep=timesteps.to(latents.dtype) / 1000,
         encoder_hidden_states=prompt_embeds,
         encoder_hidden_states_mask=prompt_embeds_mask > 0,
-        img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(latents),
+        img_shapes=[[(1, height // PATCH, width // PATCH)] * len(images)] * len(latents),
         return_dict=False,
     )[0]
-    return unpacked(tokens, height, width)
+    return unpacked(tokens[:, : hidden_states.shape[1] // len(images)], height, width)
 
 
 def with_norm_of_conditional(
@@ -70,7 +80,7 @@ def with_norm_of_conditional(
 class QwenImagePolicy(MaskedTextPolicy):
     """A loaded QwenImagePipeline. Latents are stored unpacked and without the axis of frames."""
 
-    config: "QwenImage"
+    config: "QwenImageFamily"
     default_negative: ClassVar[str | None] = UNCONDITIONAL
 
     def _table(self, sampling: SamplingTable) -> FlowMatchTable:
@@ -101,19 +111,16 @@ class QwenImagePolicy(MaskedTextPolicy):
         return (latents - mean) * (1.0 / deviation)
 
 
-class QwenImage(DiffusersConfig):
-    """Qwen-Image."""
+class QwenImageFamily(DiffusersConfig):
+    """Keys and sizes that text-to-image and editing models share."""
 
     takes_sde: ClassVar[bool] = True
-    policy_class: ClassVar[type[DiffusersPolicy]] = QwenImagePolicy
-    pipeline_class: ClassVar[str] = "QwenImagePipeline"
     network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[str] = "QwenImageTransformer2DModel"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     decoder_classes: ClassVar[tuple[str, ...]] = ("AutoencoderKLQwenImage",)
     latent_key: ClassVar[str] = "z_dim"
     latent_packing: ClassVar[int] = PATCH**2
-    published: ClassVar[dict[str, Configs]] = {"Qwen/Qwen-Image": QWEN_IMAGE}
 
     lora: LoraSettings = BOTH_STREAMS
     """LoRA adapters that are trained. By default rank 32 on the attention of both streams."""
@@ -141,9 +148,6 @@ class QwenImage(DiffusersConfig):
     def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, ...]:
         return network_config["in_channels"] // PATCH**2, *self.latent_sides(OWN_LATENT_SIZE)
 
-    def network_call(self, sampling: SamplingTable) -> NetworkCall:
-        return call_transformer
-
     def encoded(self, vae: Any, pixels: Tensor, noise: Tensor) -> Tensor:
         return super().encoded(vae, pixels.unsqueeze(2), noise.unsqueeze(2)).squeeze(2)
 
@@ -152,6 +156,17 @@ class QwenImage(DiffusersConfig):
 
     def stochastic_steps(self, sampling: SamplingTable) -> int:
         return sampling.num_steps - 1
+
+
+class QwenImage(QwenImageFamily):
+    """Qwen-Image."""
+
+    policy_class: ClassVar[type[DiffusersPolicy]] = QwenImagePolicy
+    pipeline_class: ClassVar[str] = "QwenImagePipeline"
+    published: ClassVar[dict[str, Configs]] = {"Qwen/Qwen-Image": QWEN_IMAGE}
+
+    def network_call(self, sampling: SamplingTable) -> NetworkCall:
+        return call_transformer
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         width = configs["transformer"]["joint_attention_dim"]

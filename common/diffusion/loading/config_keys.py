@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 Components = Mapping[str, Mapping[str, Any]]  # part name → its keys; model_index.json's are under INDEX
 INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
-NORMALIZED_PIPELINES = ("QwenImagePipeline", *WAN_PIPELINES)  # of latents with mean and deviation of each channel
+QWEN_PIPELINES = ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline")
+NORMALIZED_PIPELINES = (*QWEN_PIPELINES, *WAN_PIPELINES)  # of latents with mean and deviation of each channel
 FLUX_PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
 SHIFTED_PIPELINES = ("StableDiffusion3Pipeline", "ZImagePipeline", *FLUX_PIPELINES)  # of latents with a shift_factor
 BATCH_NORMALIZED = ("Flux2Pipeline", "Flux2KleinPipeline")  # by the statistics of the decoder's batch norm
@@ -52,7 +53,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
         FLUX_PIPELINES,
         {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "patch_size": 1},
     ),
-    "QwenImagePipeline": {"in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584, "patch_size": 2},
+    **dict.fromkeys(
+        QWEN_PIPELINES, {"in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584, "patch_size": 2}
+    ),
     "Flux2Pipeline": {"in_channels": 128, "joint_attention_dim": 15360, "patch_size": 1},
     "Flux2KleinPipeline": {"in_channels": 128, "joint_attention_dim": 15360, "patch_size": 1},
     "ZImagePipeline": {"in_channels": 16, "cap_feat_dim": 2560},
@@ -64,7 +67,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
 # Pipelines with a single text encoder → the network's key for the width of its states, from how many layers, the
 # encoder's key, and transformers' default of that.
 SINGLE_ENCODERS = {
-    "QwenImagePipeline": ("joint_attention_dim", 1, "hidden_size", 8192),
+    **dict.fromkeys(QWEN_PIPELINES, ("joint_attention_dim", 1, "hidden_size", 8192)),
     "Flux2Pipeline": ("joint_attention_dim", 3, "hidden_size", 4096),
     "Flux2KleinPipeline": ("joint_attention_dim", 3, "hidden_size", 4096),
     "ZImagePipeline": ("cap_feat_dim", 1, "hidden_size", 4096),
@@ -100,7 +103,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),
         Rule("vae", "in_channels", (None, 3), COLORS),
     ),
-    "QwenImagePipeline": (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),),
+    **dict.fromkeys(QWEN_PIPELINES, (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),)),
     LTX_PIPELINE: tuple(Rule("transformer", key, (None, 1), TOKENS) for key in ("patch_size", "patch_size_t")),
     "WanPipeline": tuple(Rule("transformer", key, (None,), IMAGES) for key in ("image_dim", "added_kv_proj_dim")),
     "Flux2KleinPipeline": (Rule("transformer", "guidance_embeds", (False,), GUIDANCE_INPUT),),

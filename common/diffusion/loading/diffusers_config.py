@@ -114,6 +114,10 @@ class DiffusersConfig(PolicyConfig):
         """Return additional arguments for the pipeline's own `from_pretrained`."""
         return {}
 
+    def made_parts(self, folder: Path) -> dict[str, Any]:
+        """Return a sampler's parts that the pipeline cannot load by itself, made from the model's folder."""
+        return {}
+
     def set_up_network(self, network: Any) -> None:
         """Prepare a network, loaded or on the meta device, for `network_call`. Most families leave it as it is."""
         return

@@ -174,7 +174,7 @@ def _load_folder(
     parts = {part: load_part(config, folder, part, found) for part, found in weights.items()}
     with undisturbed():  # adapters begin in a sampler, which has these networks, as in a learner
         parts |= {part: load_part(config, folder, part, found) for part, found in frozen.items()}
-    others = {**config.loading, **unused, **parts}
+    others = {**config.loading, **unused, **parts, **(config.made_parts(folder) if role == "sampler" else {})}
     return pipeline_class.from_pretrained(
         str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=False, **others
     )

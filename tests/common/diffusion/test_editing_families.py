@@ -11,7 +11,6 @@ from PIL import Image
 
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
-from ray_ddpo.common.diffusion.families.packing import packed
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusionInpainting
 from ray_ddpo.common.diffusion.rollout import image_noise, inputs_of, sample_trajectories, score
 from ray_ddpo.common.input_images import InputImages
@@ -20,22 +19,27 @@ from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.accepted_page import assert_accepted
 from tests.input_files import save_inputs
-from tests.tiny_families import BY_DDIM, MAKERS, SAFETY_CHECKED, call_keys, kontext_keys, policy_table
+from tests.own_pipelines import own_call, own_pipeline
+from tests.tiny_families import (
+    BY_DDIM,
+    EDITING,
+    MAKERS,
+    WITHOUT_NEGATIVE,
+    call_keys,
+    given_latents,
+    image_keys,
+    policy_table,
+)
 from tests.tiny_policy import scatter
 
 SEEDS = [3, 4, 5, 6]
-EDITING = ("flux_kontext", "sd_inpainting")
 
 
 @pytest.fixture(scope="module", params=EDITING)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
     """A family's name, its small model, and diffusers' own pipeline of it."""
     name, model = request.param, MAKERS[request.param](tmp_path_factory.mktemp("model"))
-    keys = {"safety_checker": None} if name in SAFETY_CHECKED else {}
-    config = build(POLICIES, policy_table(name, model), "policy")
-    pipeline: Any = getattr(diffusers, config.pipeline_class).from_pretrained(model, **keys)
-    pipeline.set_progress_bar_config(disable=True)
-    return name, model, pipeline
+    return name, model, own_pipeline(name, build(POLICIES, policy_table(name, model), "policy"), model, False)
 
 
 def sampling(scale: float = 3.0, steps: int = 4, negative: str | None = None) -> SamplingTable:
@@ -61,19 +65,16 @@ def pipelines_latents(
     """Return what the pipeline's own call makes of the prompts, from the same noise and without further noise."""
     name, _, pipeline = family
     images = [Image.open(prompt.metadata["image"]) for prompt in prompts]
-    keys = call_keys(name, settings.guidance_scale)
+    keys = call_keys(name, settings.guidance_scale, settings.negative_prompt) | image_keys(name, images[0])
     keys |= {"height": images[0].height, "width": images[0].width, "num_inference_steps": settings.num_steps}
     keys |= {"eta": 0.0} if name in BY_DDIM else {}
+    if "negative_prompt" in keys:
+        keys["negative_prompt"] = [(keys["negative_prompt"] or [""])[0]] * len(prompts)
+    if name == "sd_inpainting":
+        keys["mask_image"] = [Image.open(prompt.metadata["mask"]) for prompt in prompts]
     noise = next(image_noise(SEEDS[: len(prompts)], policy.latent_shape))
-    if name == "flux_kontext":
-        keys |= kontext_keys(images[0]) | {"image": images}
-        noise = packed(noise)
-    else:
-        masks = [Image.open(prompt.metadata["mask"]) for prompt in prompts]
-        negative = [settings.negative_prompt or ""] * len(prompts)
-        keys |= {"image": images, "mask_image": masks, "negative_prompt": negative}
     texts = [prompt.text for prompt in prompts]
-    return pipeline(prompt=texts, latents=noise, output_type="latent", **keys).images
+    return torch.stack(own_call(name, pipeline, texts, noise, output_type="latent", **keys | {"image": images}))
 
 
 @pytest.mark.parametrize(
@@ -83,13 +84,13 @@ def pipelines_latents(
 def test_latents_equal_those_of_the_pipelines_own_call(
     family: tuple[str, Path, Any], size: tuple[int, int], scale: float, steps: int, negative: str | None, tmp_path: Path
 ) -> None:
-    settings = sampling(scale, steps, None if family[0] == "flux_kontext" else negative)
+    settings = sampling(scale, steps, None if family[0] in WITHOUT_NEGATIVE else negative)
     policy = load(family, settings, height=size[0], width=size[1])
     prompts = prompts_of(tmp_path, size)
     texts, inputs = [prompt.text for prompt in prompts], inputs_of(policy, prompts)
     ours = sample_trajectories(policy, texts, SEEDS, settings, range(0), inputs=inputs).final_latents
     theirs = pipelines_latents(family, prompts, settings, policy)
-    ours = packed(ours) if family[0] == "flux_kontext" else ours
+    ours = given_latents(family[0], ours)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -105,7 +106,7 @@ def test_the_learner_computes_the_samplers_exact_log_prob_of_edits(
     trajectory = sample_trajectories(sampler, texts, SEEDS, settings, inputs=inputs)
     assert torch.equal(score(learner, trajectory), trajectory.log_probs)
     # One text with two images is two rows; one text with one image is one.
-    assert len(trajectory.conditioning["prompt_embeds"]) == 4
+    assert len(trajectory.conditioning["input_latents"]) == 4
     assert inputs is not None
     twice = sample_trajectories(sampler, texts[:1] * 2, SEEDS[:2], settings, inputs=inputs.select([0, 0]))
     assert len(twice.conditioning["input_latents"]) == 1 and twice.prompt_index.tolist() == [0, 0]
@@ -117,10 +118,13 @@ def test_an_images_rows_depend_on_it_alone_and_never_change(family: tuple[str, P
     assert inputs is not None
     together = policy.encode(["a cat"] * 4, inputs)
     alone = policy.encode(["a cat"], inputs.select([2]))
-    names = [name for name in together if name.startswith("input_")]
+    names = [name for name in together if "input_" in name]
     assert names and all(torch.equal(together[name][2:3], alone[name]) for name in names)
     assert not torch.equal(together["input_latents"][0], together["input_latents"][1])
-    assert torch.equal(together["prompt_embeds"][0], together["prompt_embeds"][1])
+    if "prompt_embeds" in together:
+        assert torch.equal(together["prompt_embeds"][0], together["prompt_embeds"][1])
+    else:  # the language model sees the image
+        assert not torch.equal(together["input_prompt_embeds"][0], together["input_prompt_embeds"][1])
 
 
 def test_the_input_image_and_the_mask_move_the_distribution(family: tuple[str, Path, Any], tmp_path: Path) -> None:

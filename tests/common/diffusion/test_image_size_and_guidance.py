@@ -18,19 +18,18 @@ from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.deploy.driver.components import build_components
 from tests.accepted_page import assert_accepted, assert_refused
+from tests.own_pipelines import own_call, own_pipeline
 from tests.tiny_families import (
     BY_DDIM,
     MAKERS,
-    SAFETY_CHECKED,
+    QWEN_IMAGE,
     UNGUIDED,
     VIDEO,
     WITHOUT_NEGATIVE,
     call_keys,
-    given_latents,
-    kontext_keys,
+    image_keys,
     policy_table,
     shown,
-    take_first_order_steps,
 )
 from tests.tiny_video import FRAMES
 
@@ -42,6 +41,8 @@ SIZES = {
     "flux": (24, 12),
     "flux_kontext": (24, 12),
     "qwen_image": (24, 12),
+    "qwen_image_edit": (24, 12),
+    "qwen_image_edit_plus": (12, 24),
     "flux2": (24, 12),
     "flux2_klein": (24, 12),
     "z_image": (24, 12),
@@ -51,7 +52,7 @@ SIZES = {
     "wan22": (16, 32),
     "ltx": (64, 32),
 }
-OTHER_THAN_EMPTY = ("sdxl", "qwen_image")  # where no negative prompt is given, the one takes zeros, the other a space
+OTHER_THAN_EMPTY = ("sdxl", *QWEN_IMAGE)  # where no negative prompt is given, the one takes zeros, the other a space
 IN_TURNS = (pytest.mark.thorough, pytest.mark.rotated(every=2))
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
 
@@ -67,11 +68,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A family's name, its small model, and diffusers' own pipeline of it."""
     name, model = request.param, MAKERS[request.param](tmp_path_factory.mktemp("model"))
     config = build(POLICIES, policy_table(name, model), "policy")
-    keys = {"safety_checker": None} if name in SAFETY_CHECKED else {}
-    pipeline: Any = getattr(diffusers, config.pipeline_class).from_pretrained(model, **keys)
-    take_first_order_steps(name, pipeline)
-    pipeline.set_progress_bar_config(disable=True)
-    return name, model, pipeline
+    return name, model, own_pipeline(name, config, model)
 
 
 def config_of(name: str, model: Path, height: int, width: int | None) -> DiffusersConfig:
@@ -96,9 +93,8 @@ def theirs(name: str, pipeline: Any, settings: SamplingTable, shape: tuple[int, 
     keys = call_keys(name, settings.guidance_scale, settings.negative_prompt)
     keys |= {"eta": 0.0} if name in BY_DDIM else {}
     keys |= {"height": factor * shape[-2], "width": factor * shape[-1], "num_inference_steps": 3}
-    if name == "flux_kontext":
-        keys |= kontext_keys(Image.new("RGB", (keys["width"], keys["height"])))
-    return shown(pipeline(prompt=PROMPTS, latents=given_latents(name, noise), **keys))
+    keys |= image_keys(name, Image.new("RGB", (keys["width"], keys["height"])))
+    return shown(own_call(name, pipeline, PROMPTS, noise, **keys))
 
 
 def scale_factor(pipeline: Any) -> int:
@@ -208,7 +204,8 @@ def test_a_size_that_cannot_be_made_is_refused_with_the_recipe(
 
 def test_units_of_a_size_are_those_of_decoder_and_patch(tmp_path: Path) -> None:
     units = {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "flux_kontext": 4, "qwen_image": 4}
-    units |= {"z_image": 4, "flux2": 4, "sana": 32, "pixart_sigma": 16, "wan": 16, "ltx": 32}
+    units |= {"qwen_image_edit": 4, "wan": 16, "ltx": 32}
+    units |= {"z_image": 4, "flux2": 4, "sana": 32, "pixart_sigma": 16}
     for name, unit in units.items():
         config = build(POLICIES, policy_table(name, MAKERS[name](tmp_path / name)), "policy")
         assert config.size_unit == unit

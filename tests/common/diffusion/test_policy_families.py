@@ -20,19 +20,18 @@ from ray_ddpo.common.diffusion.lora.files import lora_file
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
+from tests.own_pipelines import own_call, own_pipeline
 from tests.tiny_families import (
     BY_DDIM,
     MAKERS,
     SAFETY_CHECKED,
     call_keys,
-    given_latents,
     load_lora,
     policy_table,
     save_tiny_flux,
     save_tiny_sd3,
     save_tiny_sdxl,
     shown,
-    take_first_order_steps,
 )
 from tests.tiny_flux2 import save_tiny_flux2_klein
 from tests.tiny_policy import scatter
@@ -65,18 +64,13 @@ def images(policy: DiffusersPolicy) -> np.ndarray:
 
 
 def pipeline_of(family: tuple[str, Path]) -> Any:
-    pipeline: Any = getattr(diffusers, config_of(family).pipeline_class).from_pretrained(
-        family[1], **({"safety_checker": None} if family[0] in SAFETY_CHECKED else {})
-    )
-    take_first_order_steps(family[0], pipeline)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return own_pipeline(family[0], config_of(family), family[1])
 
 
 def pipelines_images(family: tuple[str, Path], pipeline: Any, shape: tuple[int, ...]) -> np.ndarray:
-    latents = given_latents(family[0], next(image_noise(SEEDS, shape)))
     keys = call_keys(family[0], 3.0) | ({"eta": 0.0} if family[0] in BY_DDIM else {})
-    return shown(pipeline(prompt=PROMPTS, latents=latents, num_inference_steps=4, **keys))
+    noise = next(image_noise(SEEDS, shape))
+    return shown(own_call(family[0], pipeline, PROMPTS, noise, num_inference_steps=4, **keys))
 
 
 def assert_alike(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -172,6 +166,9 @@ def test_prompt_embeddings_are_cached_up_to_a_number_of_bytes(
 ) -> None:
     policy = loaded(config_of(family))
     of_one = policy.encode(["a cat"])
+    if family[0].startswith("qwen_image_edit"):  # the states of a text depend on the input image
+        assert not policy._embeddings
+        return
     row = sum(value[:1].nbytes for value in policy._encode("a cat", False).values())
     monkeypatch.setattr("ray_ddpo.common.diffusion.diffusers_policy.EMBEDDING_BYTES", 3 * row)
     for letter in "bcdef":

@@ -23,6 +23,8 @@ EXPECTED = {
     "flux": {"text_encoder": (8, 3), "text_encoder_2": (12, 2)},
     "flux_kontext": {"text_encoder": (8, 3), "text_encoder_2": (12, 2)},
     "qwen_image": {"text_encoder": (12, 2)},
+    "qwen_image_edit": {"text_encoder": (12, 2)},
+    "qwen_image_edit_plus": {"text_encoder": (12, 2)},
     "flux2": {"text_encoder": (12, 2)},
     "flux2_klein": {"text_encoder": (12, 2)},
     "z_image": {"text_encoder": (12, 2)},  # behind the template

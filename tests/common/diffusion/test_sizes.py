@@ -40,6 +40,8 @@ PUBLISHED = {  # parameters of the network, of its decoder and of its text encod
     ),
     ("flux", "black-forest-labs/FLUX.1-dev"): (11_901_408_320, 83_819_683, [123_060_480, 4_762_310_656]),
     ("qwen_image", "Qwen/Qwen-Image"): (20_430_401_088, 126_892_531, [8_292_166_656]),
+    ("qwen_image_edit", "Qwen/Qwen-Image-Edit"): (20_430_401_088, 126_892_531, [8_292_166_656]),
+    ("qwen_image_edit_plus", "Qwen/Qwen-Image-Edit-2511"): (20_430_401_088, 126_892_531, [8_292_166_656]),
     ("flux2", "black-forest-labs/FLUX.2-dev"): (32_223_281_152, 84_046_115, [23_340_272_640]),
     ("flux2_klein", "black-forest-labs/FLUX.2-klein-4B"): (3_875_544_576, 84_046_115, [4_022_468_096]),
     ("flux2_klein", "black-forest-labs/FLUX.2-klein-base-9B"): (9_078_581_248, 84_046_115, [8_190_735_360]),

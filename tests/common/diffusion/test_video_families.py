@@ -14,6 +14,7 @@ from ray_ddpo.common.diffusion.lora.adapters import read_weights
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories, score
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
+from tests.own_pipelines import own_call
 from tests.tiny_families import MAKERS, VIDEO, call_keys, given_latents, policy_table, shown, take_first_order_steps
 from tests.tiny_policy import scatter
 
@@ -52,11 +53,12 @@ def test_latents_equal_those_of_diffusers_whatever_the_scheduler(
     settings = SamplingTable(num_steps=num_steps, guidance_scale=scale)
     policy = config.load("cpu", settings, "sampler")
     latents = sample_trajectories(policy, PROMPTS, SEEDS, settings, range(0)).final_latents
-    noise = given_latents(name, next(image_noise(SEEDS, policy.latent_shape)))
-    keys = {**call_keys(name, scale), "num_inference_steps": num_steps, "latents": noise}
-    plain = pipeline(prompt=PROMPTS, **keys | {"output_type": "latent"}).frames
-    torch.testing.assert_close(given_latents(name, latents), plain, rtol=1e-5, atol=1e-5)
-    difference = np.abs(policy.decode(latents).numpy().astype(int) - shown(pipeline(prompt=PROMPTS, **keys)))
+    noise = next(image_noise(SEEDS, policy.latent_shape))
+    keys = {**call_keys(name, scale), "num_inference_steps": num_steps}
+    plain = own_call(name, pipeline, PROMPTS, noise, **keys | {"output_type": "latent"})
+    torch.testing.assert_close(given_latents(name, latents), torch.stack(plain), rtol=1e-5, atol=1e-5)
+    images = shown(own_call(name, pipeline, PROMPTS, noise, **keys))
+    difference = np.abs(policy.decode(latents).numpy().astype(int) - images)
     assert difference.max() <= 1 and (difference > 0).mean() < 0.005
 
 
