@@ -365,6 +365,7 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     | {"tokenizer": QWEN_TOKENIZER},
     "wan": {"transformer": WAN, "vae": WAN_DECODER, "scheduler": UNIPC, "text_encoder": T5, "tokenizer": T5_TOKENIZER}
     | {"model_index": {"boundary_ratio": [0.5], "expand_timesteps": [True, None]}},
+    "wan22": {"transformer": WAN, "scheduler": UNIPC, "model_index": {"boundary_ratio": [0.5, 1.5, None]}},
 }
 EVERY = [
     (name, Change(part, key, value))

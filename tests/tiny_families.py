@@ -20,7 +20,7 @@ from tests.tiny_language_models import (
 )
 from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
 from tests.tiny_text_to_image import save_tiny_pixart_sigma, save_tiny_sana, tiny_t5, tiny_t5_tokenizer
-from tests.tiny_video import FRAMES, save_tiny_wan
+from tests.tiny_video import FRAMES, save_tiny_ltx, save_tiny_wan, save_tiny_wan22
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
@@ -265,6 +265,8 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "pixart_sigma": save_tiny_pixart_sigma,
     "sana": save_tiny_sana,
     "wan": save_tiny_wan,
+    "wan22": save_tiny_wan22,
+    "ltx": save_tiny_ltx,
 }
 FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has them
     "digits:Digits": save_tiny_digits,
@@ -272,7 +274,7 @@ FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has 
 }
 # Families with a mask get prompts of different lengths, so that their masks differ.
 PROMPTS = {
-    **dict.fromkeys(("qwen_image", "pixart_sigma", "sana"), ["a cat", "a calf", "cow"]),
+    **dict.fromkeys(("qwen_image", "pixart_sigma", "sana", "ltx"), ["a cat", "a calf", "cow"]),
     "z_image": ["a cat", "a long calf", "cow"],  # 32, 38 and 30 tokens with the template, and so 32 and 64 with filling
     "digits:Digits": ["seven", "3", "a two"],
     "shapes:Shapes": ["disc", "ring", "cross"],
@@ -287,7 +289,8 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
     "z_image": {"max_sequence_length": 38, "resolution": 16},
     "pixart_sigma": {"max_sequence_length": 12},
     "sana": {"max_sequence_length": 14},
-    "wan": {"max_sequence_length": 12, "resolution": 16, "num_frames": FRAMES},
+    **dict.fromkeys(("wan", "wan22"), {"max_sequence_length": 12, "resolution": 16, "num_frames": FRAMES}),
+    "ltx": {"max_sequence_length": 12, "resolution": 32, "num_frames": FRAMES},
 }
 
 
@@ -295,7 +298,7 @@ SAFETY_CHECKED = ("stable_diffusion", "sd_inpainting")  # families whose pipelin
 BY_DDIM = (*SAFETY_CHECKED, "sdxl", "pixart_sigma")  # families that step by DDIM
 PACKED = ("flux", "flux_kontext", "qwen_image")  # families whose pipelines take and give tokens instead of latents
 UNGUIDED = ("flux", "flux_kontext", "flux2")  # families whose guidance is an input of the network
-VIDEO = ("wan",)
+VIDEO = ("wan", "wan22", "ltx")
 WITHOUT_NEGATIVE = (*UNGUIDED, "flux2_klein")  # families whose pipelines take no negative prompt
 
 
@@ -306,6 +309,8 @@ def kontext_keys(image: Image.Image) -> dict[str, Any]:
 
 def given_latents(name: str, latents: torch.Tensor) -> torch.Tensor:
     """Return latents as the family's own pipeline takes them."""
+    if name == "ltx":
+        return latents.flatten(2).transpose(1, 2)
     return packed(latents) if name in PACKED else latents
 
 
@@ -335,6 +340,7 @@ def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str,
         return {"guidance_scale": scale, **text, **size}
     text |= size if name in ("z_image", *VIDEO) else {}
     text |= {"num_frames": FRAMES, "output_type": "pil"} if name in VIDEO else {}
+    text |= {"height": 32, "width": 32} if name == "ltx" else {}
     return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **text}
 
 

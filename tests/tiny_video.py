@@ -5,17 +5,41 @@ from typing import Any
 
 import torch
 
-from tests.tiny_text_to_image import tiny_t5_tokenizer
+from tests.tiny_text_to_image import tiny_t5, tiny_t5_tokenizer
 
 FRAMES = 5  # two frames of latents: the first one, and the next four
 
 
-def save_tiny_wan(folder: Path, seed: int = 0, **scheduler: object) -> Path:
-    """Write the pipeline. `scheduler` changes the published configuration, of a solver on a flow's noise levels."""
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+def save_tiny_wan(folder: Path, seed: int = 0, boundary_ratio: float | None = None, **scheduler: object) -> Path:
+    """Write the pipeline. `scheduler` changes the published configuration, of a solver on a flow's noise levels.
+
+    With a `boundary_ratio` it has two experts.
+    """
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
     torch.manual_seed(seed)
-    transformer = WanTransformer3DModel(
+    keys: Any = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, **scheduler}
+    WanPipeline(
+        transformer=_transformer(),
+        transformer_2=None if boundary_ratio is None else _transformer(),
+        boundary_ratio=boundary_ratio,
+        scheduler=UniPCMultistepScheduler(**keys),
+        vae=AutoencoderKLWan(**WAN_DECODER),
+        text_encoder=_umt5(32),
+        tokenizer=tiny_t5_tokenizer(),
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def save_tiny_wan22(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write the pipeline with two experts. Of 4 steps the first 3 are of the expert for high noise."""
+    return save_tiny_wan(folder, seed, 0.7, **scheduler)
+
+
+def _transformer() -> Any:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
         in_channels=4,
@@ -26,15 +50,6 @@ def save_tiny_wan(folder: Path, seed: int = 0, **scheduler: object) -> Path:
         num_layers=2,
         rope_max_seq_len=32,
     )
-    keys: Any = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, **scheduler}
-    WanPipeline(
-        transformer=transformer,
-        scheduler=UniPCMultistepScheduler(**keys),
-        vae=AutoencoderKLWan(**WAN_DECODER),
-        text_encoder=_umt5(32),
-        tokenizer=tiny_t5_tokenizer(),
-    ).save_pretrained(folder, safe_serialization=True)
-    return folder
 
 
 WAN_DECODER: dict[str, Any] = {
@@ -47,6 +62,54 @@ WAN_DECODER: dict[str, Any] = {
     "latents_std": [1.5, 0.7, 1.0, 2.0],
     "scale_factor_spatial": 4,
     "scale_factor_temporal": 4,
+}
+
+
+def save_tiny_ltx(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write the pipeline. `scheduler` changes the published configuration, of shifts by the number of tokens.
+
+    A latent is 8 × 8 pixels of 4 frames.
+    """
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+
+    torch.manual_seed(seed)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=32,
+    )
+    vae = AutoencoderKLLTXVideo(**LTX_DECODER)
+    vae.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.0, 0.3]))
+    vae.latents_std.copy_(torch.tensor([1.5, 0.7, 1.0, 2.0]))
+    keys: Any = {"use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1}
+    LTXPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{**keys, "base_image_seq_len": 1024, **scheduler}),
+        vae=vae,
+        text_encoder=tiny_t5(32),
+        tokenizer=tiny_t5_tokenizer(),
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+LTX_DECODER: dict[str, Any] = {
+    "latent_channels": 4,
+    "block_out_channels": (8,) * 4,
+    "decoder_block_out_channels": (8,) * 4,
+    "layers_per_block": (1,) * 5,
+    "decoder_layers_per_block": (1,) * 5,
+    "spatio_temporal_scaling": (True, True, False, False),
+    "decoder_spatio_temporal_scaling": (True, True, False, False),
+    "patch_size": 2,
 }
 
 

@@ -16,4 +16,6 @@ POLICIES: Registry = {
     "pixart_sigma": "ray_ddpo.common.diffusion.families.pixart_sigma:PixArtSigma",
     "sana": "ray_ddpo.common.diffusion.families.sana:Sana",
     "wan": "ray_ddpo.common.diffusion.families.wan:Wan",
+    "wan22": "ray_ddpo.common.diffusion.families.wan22:Wan22",
+    "ltx": "ray_ddpo.common.diffusion.families.ltx:LTX",
 }

@@ -21,6 +21,7 @@ REPEATED_BLOCKS = (
     "Flux2SingleTransformerBlock",
     "SanaTransformerBlock",
     "WanTransformerBlock",
+    "LTXVideoTransformerBlock",
 )
 
 

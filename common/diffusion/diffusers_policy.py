@@ -1,6 +1,7 @@
 """A diffusers pipeline as a policy: guidance, steps, decoding and files, which all families share."""
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -61,7 +62,7 @@ class DiffusersPolicy(Policy):
         on_host = loads_on_host()
         memory_format = network_format("cpu" if on_host else device, config.is_compiled(role), config.has_frames)
         placed = {"device": "cpu" if on_host else device, "memory_format": memory_format}
-        network: Any = getattr(pipeline, config.network_name)
+        network: Any = getattr(pipeline, config.trained_part)
         self.network: Any = (network if has_unread() else network.to(**placed)).eval()
         self.pipeline = pipeline
         self.reads_inputs = config.reads_inputs
@@ -104,7 +105,8 @@ class DiffusersPolicy(Policy):
         self, sampling: SamplingTable, patch: int, evenly_spaced: bool, shift: float | None = None
     ) -> FlowMatchTable:
         """Return a flow's steps, on the device, for a network that reads `patch` × `patch` latents as a token."""
-        tokens = (self.latent_shape[-2] // patch) * (self.latent_shape[-1] // patch)
+        *frames, height, width = self.latent_shape[1:]
+        tokens = math.prod(frames) * (height // patch) * (width // patch)
         scheduler, steps = self.pipeline.scheduler.config, sampling.num_steps
         table = flow_match_table(scheduler, steps, sampling.eta, tokens, evenly_spaced, sampling.sde, shift)
         return table.to(self.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
-from ray_ddpo.common.diffusion.policy import Role
+from ray_ddpo.common.diffusion.policy import Conditioning, Role
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 
@@ -24,6 +24,9 @@ class VideoPolicy(DiffusersPolicy):
     def __init__(self, config: "VideoConfig", pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> None:
         super().__init__(config, pipeline, device, sampling, role)
         self.num_frames, self.frame_rate = config.num_frames, config.frame_rate
+
+    def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
+        return super()._encode(prompt, with_negative, max_sequence_length=self.config.max_sequence_length, **keys)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C F H W"]) -> UInt8[Tensor, "B F2 H2 W2 3"]:
@@ -44,10 +47,11 @@ class VideoConfig(DiffusersConfig):
     network_name: ClassVar[str] = "transformer"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     has_frames: ClassVar[bool] = True
+    max_sequence_length: int
     own_size: ClassVar[tuple[int, int]]  # height and width of the pipeline's own videos in pixels
 
     num_frames: int = Field(default=81, ge=1)
-    """Frames of a video. The first one has latents of its own, and of the others several have one."""
+    """Frames of a video: one more than a multiple of the frames that a frame of latents has."""
     frame_rate: float = Field(default=16.0, gt=0)
     """Frames a second of a stored video."""
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from ray_ddpo.common.diffusion.families.published_parts import WIDE_ADAPTERS
 from ray_ddpo.common.diffusion.families.video import VideoConfig, VideoPolicy
-from ray_ddpo.common.diffusion.families.wan_published import WAN_21_1_3B, WAN_21_14B
+from ray_ddpo.common.diffusion.families.wan_published import WAN_21_1_3B, WAN_21_14B, WAN_22_5B
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
-from ray_ddpo.common.diffusion.policy import Conditioning
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable
 from ray_ddpo.common.recipe.tables import SamplingTable
 
@@ -35,9 +34,6 @@ class WanPolicy(VideoPolicy):
     def _table(self, sampling: SamplingTable) -> FlowMatchTable:
         return self._solver_table(sampling)
 
-    def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
-        return super()._encode(prompt, with_negative, max_sequence_length=self.config.max_sequence_length, **keys)
-
     def _statistics(self, like: Tensor) -> Iterator[Tensor]:
         """Yield mean and standard deviation of the latents' channels."""
         for values in (self.vae.config.latents_mean, self.vae.config.latents_std):
@@ -49,7 +45,7 @@ class WanPolicy(VideoPolicy):
 
 
 class Wan(VideoConfig):
-    """Wan 2.1, text to video."""
+    """Wan 2.1, and the small Wan 2.2 of one network: text to video."""
 
     policy_class: ClassVar[type[DiffusersPolicy]] = WanPolicy
     pipeline_class: ClassVar[str] = "WanPipeline"
@@ -60,6 +56,7 @@ class Wan(VideoConfig):
     published: ClassVar[dict[str, Configs]] = {
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": WAN_21_1_3B,
         "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_21_14B,
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers": WAN_22_5B,
     }
 
     lora: LoraSettings = WIDE_ADAPTERS

@@ -23,6 +23,35 @@ WAN_21_14B: Configs = {
     "vae": {"_class_name": "AutoencoderKLWan", "base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4]},
     "text_encoder": UMT5_XXL,
 }
+# The experts are alike, and so are their files. A scheduler's file tells which steps belong to which.
+WAN_22_A14B: Configs = WAN_21_14B | {
+    "scheduler": {
+        "_class_name": "UniPCMultistepScheduler",
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 3.0,
+    },
+    "model_index": {"boundary_ratio": 0.875},
+}
+WAN_22_5B: Configs = {
+    "transformer": TRANSFORMER_14B
+    | {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
+    "vae": {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "dim_mult": [1, 2, 4, 4],
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.0] * 48,  # the published numbers do not change a size
+        "latents_std": [1.0] * 48,
+    },
+    "text_encoder": UMT5_XXL,
+}
 WAN_21_1_3B: Configs = WAN_21_14B | {
     "transformer": TRANSFORMER_14B | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 }

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_ddpo.common.diffusion.loading.model_index import read_object, text_tower
-from ray_ddpo.common.diffusion.loading.video_keys import WAN_PIPELINES, wan_faults
+from ray_ddpo.common.diffusion.loading.video_keys import (
+    LTX_PIPELINE,
+    WAN_PIPELINES,
+    expert_faults,
+    ltx_faults,
+    wan_faults,
+)
 from ray_ddpo.common.diffusion.schedulers.conversion import as_loaded, check_scheduler, is_number
 from ray_ddpo.common.recipe.tables import SamplingTable
 
@@ -28,7 +34,7 @@ BATCH_NORMALIZED = ("Flux2Pipeline", "Flux2KleinPipeline")  # by the statistics 
 # Of networks that may predict variances too, in further channels.
 VARIANCE_PIPELINES = ("SanaPipeline", "PixArtSigmaPipeline")
 SOLVER_PIPELINES = ("SanaPipeline", *WAN_PIPELINES)  # of flows whose scheduler may be a solver
-FLOW_PIPELINES = (*SHIFTED_PIPELINES, *NORMALIZED_PIPELINES, *BATCH_NORMALIZED, "SanaPipeline")
+FLOW_PIPELINES = (*SHIFTED_PIPELINES, *NORMALIZED_PIPELINES, *BATCH_NORMALIZED, "SanaPipeline", LTX_PIPELINE)
 INPAINTING = "StableDiffusionInpaintPipeline"  # its network reads the mask and the masked image's latents as well
 DDIM_PIPELINES = ("StableDiffusionPipeline", INPAINTING, "StableDiffusionXLPipeline", "PixArtSigmaPipeline")
 PIPELINES = (*DDIM_PIPELINES, *FLOW_PIPELINES)  # pipelines that are checked here
@@ -52,6 +58,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
     "ZImagePipeline": {"in_channels": 16, "cap_feat_dim": 2560},
     "SanaPipeline": {"in_channels": 32, "out_channels": 32, "caption_channels": 2304},
     "PixArtSigmaPipeline": {"in_channels": 4, "out_channels": 8},
+    LTX_PIPELINE: {"in_channels": 128, "out_channels": 128, "caption_channels": 4096},
     "WanPipeline": {"in_channels": 16, "out_channels": 16, "text_dim": 4096},
 }
 # Pipelines with a single text encoder → the network's key for the width of its states, from how many layers, the
@@ -61,6 +68,7 @@ SINGLE_ENCODERS = {
     "Flux2Pipeline": ("joint_attention_dim", 3, "hidden_size", 4096),
     "Flux2KleinPipeline": ("joint_attention_dim", 3, "hidden_size", 4096),
     "ZImagePipeline": ("cap_feat_dim", 1, "hidden_size", 4096),
+    LTX_PIPELINE: ("caption_channels", 1, "d_model", 512),
     "WanPipeline": ("text_dim", 1, "d_model", 512),
     "SanaPipeline": ("caption_channels", 1, "hidden_size", 2304),
     "PixArtSigmaPipeline": ("caption_channels", 1, "d_model", 512),
@@ -78,6 +86,7 @@ class Rule(NamedTuple):
 
 LABELS = "the pipeline gives its network no class labels"
 IMAGES = "the pipeline gives its network nothing but text"
+TOKENS = "a token is one latent here"
 GUIDANCE_INPUT = "a network with the guidance scale as an input is sampled by another method"
 UNET = (
     Rule("unet", "class_embed_type", (None,), LABELS),
@@ -92,11 +101,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("vae", "in_channels", (None, 3), COLORS),
     ),
     "QwenImagePipeline": (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),),
-    "WanPipeline": (
-        *(Rule("transformer", key, (None,), IMAGES) for key in ("image_dim", "added_kv_proj_dim")),
-        Rule(INDEX, "boundary_ratio", (None,), "a model with two networks is trained by wan22"),
-        Rule(INDEX, "expand_timesteps", (None, False), "its network has a timestep for each of its tokens"),
-    ),
+    LTX_PIPELINE: tuple(Rule("transformer", key, (None, 1), TOKENS) for key in ("patch_size", "patch_size_t")),
+    "WanPipeline": tuple(Rule("transformer", key, (None,), IMAGES) for key in ("image_dim", "added_kv_proj_dim")),
     "Flux2KleinPipeline": (Rule("transformer", "guidance_embeds", (False,), GUIDANCE_INPUT),),
     "ZImagePipeline": (Rule("transformer", "siglip_feat_dim", (None,), IMAGES),),
     **dict.fromkeys(
@@ -193,7 +199,10 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     if "vae" in parts:
         yield from _decoder_faults(config, parts)
     if config.pipeline_class in WAN_PIPELINES:
+        yield from expert_faults(bool(config.frozen_parts), parts.get(INDEX, {}))
         yield from wan_faults(parts.get("vae", {}), parts.get("transformer", {}))
+    if config.pipeline_class == LTX_PIPELINE:
+        yield from ltx_faults(parts.get("vae", {}))
     yield from _sample_size_faults(_file(config.network_name), parts.get(config.network_name, {}))
     if "vae" in parts and config.network_name in parts:
         yield from _channel_faults(config, parts)

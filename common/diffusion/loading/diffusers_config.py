@@ -100,6 +100,16 @@ class DiffusersConfig(PolicyConfig):
         """Return transformers' configuration class and model class for each text encoder."""
 
     @property
+    def trained_part(self) -> str:
+        """Return the pipeline's part that is trained, whose LoRA files say `network_name`."""
+        return self.network_name
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        """Return further networks of the same class, which samplers alone load, and which are not trained."""
+        return ()
+
+    @property
     def loading(self) -> dict[str, Any]:
         """Return additional arguments for the pipeline's own `from_pretrained`."""
         return {}
@@ -241,7 +251,7 @@ class DiffusersConfig(PolicyConfig):
             self._check(role)
             pipeline = load_pipeline(self, role)
             check_keys(self, pipeline)
-            network = getattr(pipeline, self.network_name)
+            network = getattr(pipeline, self.trained_part)
             self.set_up_network(network)
             if role == "sampler":
                 self.set_up_decoder(pipeline.vae)

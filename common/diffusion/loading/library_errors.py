@@ -91,7 +91,7 @@ def try_once(policy: "DiffusersPolicy") -> None:
     with library_errors(model, f"a prompt cannot be encoded as {text} and the tokenizers' files say"):
         conditioning = policy.encode([""])
     latents, first = (torch.zeros(1, *shape, device=policy.device) for shape in (policy.latent_shape, ()))
-    network = f"{config.network_name}/config.json"
+    network = f"{config.trained_part}/config.json"
     with library_errors(model, f"the network cannot compute a step as {network} says, on what {text} give it"):
         policy.transition(latents, first.long(), select_rows(conditioning, first.long()))
     with library_errors(model, "latents cannot be decoded as vae/config.json says"):

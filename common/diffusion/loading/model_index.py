@@ -28,6 +28,7 @@ FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its
     "SanaPipeline": ("sana", "SANA"),
     "PixArtSigmaPipeline": ("pixart_sigma", "PixArt-Sigma"),
     "WanPipeline": ("wan", "Wan"),
+    "LTXPipeline": ("ltx", "LTX-Video"),
 }
 TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had two for each
     "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),
@@ -78,12 +79,11 @@ def known_parts(config: "DiffusersConfig", role: str = "sampler") -> dict[str, P
     """Return the parts that a role loads. A sampler loads all of them."""
     if role == "decoder":
         return {"vae": PartClass("model", "diffusers", config.decoder_classes)}
-    found = {
-        config.network_name: PartClass("model", "diffusers", (config.network_class, *config.legacy_network_classes)),
-        "scheduler": PartClass("scheduler", "diffusers"),
-    }
+    network = PartClass("model", "diffusers", (config.network_class, *config.legacy_network_classes))
+    found = {config.trained_part: network, "scheduler": PartClass("scheduler", "diffusers")}
     if role != "sampler":
         return found
+    found |= dict.fromkeys(config.frozen_parts, network)
     found["vae"] = PartClass("model", "diffusers", config.decoder_classes)
     found |= {part: PartClass("model", "transformers", (name,)) for part, (_, name) in config.text_parts.items()}
     for tokenizer in config.tokenizers:

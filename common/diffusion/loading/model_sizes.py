@@ -77,7 +77,8 @@ def _count(config: "DiffusersConfig", configs: Configs, sampling: SamplingTable,
     shapes, latent_shape = config.conditioning_shapes(configs), config.latent_shape(dict(network.config))
     inputs = Inputs(config.network_call(sampling), latent_shape, shapes, config.branches(sampling))
     counts = count_network(config, network, inputs, device, of_diffusers=True)
-    held = counts.network_bytes + library_bytes(device)
+    frozen = len(config.frozen_parts) * counts.parameters * config.dtype_of("sampler").itemsize
+    held = counts.network_bytes + frozen + library_bytes(device)
     encoders, decoder = sum(parameter_bytes(part) for part in parts.values()), parameter_bytes(vae)
     offloaded = config.offload and device == "cuda"
     decoding = counts.sampler.decoding(decode, vae.dtype, config.has_frames)

@@ -127,7 +127,7 @@ def load_part(config: "DiffusersConfig", folder: Path, part: str, weights: PartW
     dtype = {"torch_dtype" if of_diffusers else "dtype": config.loaded_dtype}
     keys = read_object(folder / part / "config.json")
     with library_errors(None, f"its {part} cannot be made as {part}/config.json says", keys):
-        if may_leave_unread() and part == config.network_name:
+        if may_leave_unread() and part == config.trained_part:
             network = unread_network(getattr(library, name), folder / part, weights.files, config.loaded_dtype)
             if network is not None:
                 return network

@@ -36,6 +36,7 @@ from ray_ddpo.common.model_files.model_hub import (
     is_hub_name,
     read_from_hub,
 )
+from ray_ddpo.common.runtime import undisturbed
 
 if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
@@ -169,7 +170,10 @@ def _load_folder(
     weights = part_weights(config, folder, role)
     for name in _loaded_files(config, folder, role):
         check_file(folder / name)
+    frozen = {part: weights.pop(part) for part in config.frozen_parts if part in weights}
     parts = {part: load_part(config, folder, part, found) for part, found in weights.items()}
+    with undisturbed():  # adapters begin in a sampler, which has these networks, as in a learner
+        parts |= {part: load_part(config, folder, part, found) for part, found in frozen.items()}
     others = {**config.loading, **unused, **parts}
     return pipeline_class.from_pretrained(
         str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=False, **others

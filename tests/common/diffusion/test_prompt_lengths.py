@@ -29,6 +29,8 @@ EXPECTED = {
     "sana": {"text_encoder": (13, 2)},
     "pixart_sigma": {"text_encoder": (12, 2)},
     "wan": {"text_encoder": (12, 2)},
+    "wan22": {"text_encoder": (12, 2)},
+    "ltx": {"text_encoder": (12, 2)},
 }
 
 

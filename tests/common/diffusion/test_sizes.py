@@ -49,6 +49,8 @@ PUBLISHED = {  # parameters of the network, of its decoder and of its text encod
     # The network's file on the hub has 2,443,492,488 bytes in float32, 68,104 of them its header.
     ("wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"): (1_418_996_800, 126_892_531, [5_680_910_336]),
     ("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers"): (14_288_491_584, 126_892_531, [5_680_910_336]),
+    ("wan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"): (4_999_787_712, 704_688_668, [5_680_910_336]),
+    ("wan22", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"): (14_288_491_584, 126_892_531, [5_680_910_336]),
     ("pixart_sigma", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"): (610_856_096, 83_653_863, [4_762_310_656]),
 }
 

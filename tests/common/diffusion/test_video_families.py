@@ -72,7 +72,7 @@ def test_a_number_of_frames_that_the_decoder_cannot_make_is_refused_with_its_nei
         config = config_of(family, num_frames=frames)
         policy = config.load("cpu", SAMPLING, "sampler")
         clips = policy.decode(torch.randn(1, *policy.latent_shape))
-        assert clips.shape == (1, frames, 16, 16, 3) and policy.num_frames == frames
+        assert clips.shape == (1, frames, *policy.image_size(), 3) and policy.num_frames == frames
         assert config.sizes(SAMPLING, "cpu").latent_shape == policy.latent_shape
 
 
@@ -93,6 +93,42 @@ def test_in_half_precision_sampler_and_learner_keep_the_weights_that_diffusers_k
     sampler.load_weights(read_weights(learner.network, 1))
     trajectory = sample_trajectories(sampler, PROMPTS, SEEDS, SAMPLING)
     assert torch.equal(score(learner, trajectory), trajectory.log_probs)
+
+
+EXPERTS = [("high_noise", [0, 1, 2, 3]), ("low_noise", [4, 5])]
+
+
+@pytest.mark.parametrize(("expert", "own"), EXPERTS)
+def test_an_expert_of_wan_2_2_is_trained_on_its_own_steps_and_loads_in_diffusers(
+    expert: str, own: list[int], tmp_path: Path
+) -> None:
+    family, settings = ("wan22", MAKERS["wan22"](tmp_path / "model")), SamplingTable(num_steps=7, guidance_scale=3.0)
+    config = config_of(family, expert=expert, guidance_scale_2=2.0)
+    sampler, learner = (config.load("cpu", settings, role) for role in ("sampler", "learner"))
+    assert sampler.stochastic_steps == own and config.sizes(settings, "cpu").stochastic_steps == len(own)
+    scatter(learner.network, deviation=0.3)
+    sampler.load_weights(read_weights(learner.network, 1))
+    trajectory = sample_trajectories(sampler, PROMPTS, SEEDS, settings)
+    assert trajectory.steps.tolist() == [own, own] and torch.equal(score(learner, trajectory), trajectory.log_probs)
+
+    pipeline: Any = diffusers.WanPipeline.from_pretrained(family[1])
+    take_first_order_steps("wan22", pipeline)
+    learner.save(tmp_path)
+    pipeline.load_lora_weights(tmp_path / "lora", load_into_transformer_2=expert == "low_noise")
+    keys = {**call_keys("wan22", 3.0), "guidance_scale_2": 2.0, "num_inference_steps": 7, "output_type": "latent"}
+    plain = pipeline(prompt=PROMPTS, latents=next(image_noise(SEEDS, sampler.latent_shape)), **keys).frames
+    still = sample_trajectories(sampler, PROMPTS, SEEDS, settings, range(0)).final_latents
+    torch.testing.assert_close(still, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_learner_of_one_expert_refuses_steps_of_the_other(tmp_path: Path) -> None:
+    config = config_of(("wan22", MAKERS["wan22"](tmp_path)), expert="low_noise")
+    with pytest.raises(ValueError, match="sampling has no steps that are trained on, and wan22 trains an expert"):
+        config.check_sampling(SamplingTable(num_steps=4, deterministic=True))
+    learner = config.load("cpu", SAMPLING, "learner")
+    with pytest.raises(ValueError, match="policy.expert is 'low_noise', and the learner asks for a step of the other"):
+        rows = config.load("cpu", SAMPLING, "sampler").encode(["a cat"])
+        learner.transition(torch.randn(1, *learner.latent_shape), torch.tensor([0]), rows)
 
 
 def test_clips_are_decoded_one_by_one_and_those_without_finite_pixels_are_named(family: tuple[str, Path]) -> None:
