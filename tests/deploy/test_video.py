@@ -25,9 +25,11 @@ from ray_ddpo.deploy.commands.model_card.card import loading
 from ray_ddpo.deploy.driver.components import build_components, components_of
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.deploy.evaluation.eval_result import eval_identity
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
 from ray_ddpo.train import run_training
 from tests.accepted_page import assert_refused
 from tests.conftest import small_tables
+from tests.system.conftest import final_fingerprint
 from tests.tiny_clips import video_tables
 from tests.tiny_video import FRAMES
 from tests.wandb_history import history
@@ -192,6 +194,15 @@ def test_without_the_package_of_files_a_recipe_of_video_is_refused(
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ValueError, match=r'needs the package .av., which is not installed: .*"ray-ddpo\[video\]"'):
         build_components(recipe)
+
+
+@pytest.mark.system
+def test_a_run_on_ray_has_the_bits_of_the_one_without(run: Path, tables: dict, tmp_path: Path, cluster: None) -> None:
+    (tmp_path / "wan").symlink_to(run.parents[1] / "wan")
+    recipe = Recipe.parse(video_tables(tables, tmp_path))
+    newest = newest_checkpoint(RunFolder(str(run)).checkpoints)
+    assert newest is not None
+    assert final_fingerprint(recipe) == load_checkpoint(newest).learner.trained.fingerprint
 
 
 def test_keys_on_frames_at_their_defaults_leave_an_evaluations_identity(recipe: Recipe) -> None:

@@ -26,13 +26,16 @@ document.getElementById("all")?.addEventListener("input", (event) => {
   for (const frames of document.querySelectorAll("#gallery .frames")) show(frames, event.target.value);
 });
 
+// A pause before a clip has begun rejects the promise of play.
+const play = (clip) => clip.play().catch(() => {});
+
 // The two clips of a pair play together, from the same frame.
 for (const pair of document.querySelectorAll(".clips")) {
   const [before, after] = pair.querySelectorAll("video");
   for (const [one, other] of [[before, after], [after, before]]) {
     one.addEventListener("play", () => {
       if (other.paused) other.currentTime = one.currentTime;
-      other.play();
+      play(other);
     });
     one.addEventListener("pause", () => other.pause());
     one.addEventListener("seeked", () => {
@@ -43,7 +46,7 @@ for (const pair of document.querySelectorAll(".clips")) {
 document.getElementById("play")?.addEventListener("click", (event) => {
   const clips = [...document.querySelectorAll("#gallery video")];
   const still = clips.every((clip) => clip.paused);
-  for (const clip of clips) still ? clip.play() : clip.pause();
+  for (const clip of clips) still ? play(clip) : clip.pause();
   event.target.textContent = still ? "Pause all" : "Play all";
 });
 

@@ -17,6 +17,7 @@ from ray_ddpo.common.clips import equally_distant, poster, posters, some_frames
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RewardTable, RuntimeTable
 from ray_ddpo.common.trajectory import ImageBatch, image_fingerprints, thumbnails
+from ray_ddpo.deploy.commands.doctor.checks import reward_findings
 from tests.reward_services import serving
 
 SEEN: list[tuple[tuple[int, ...], list[int], list[str]]] = []
@@ -135,6 +136,11 @@ def test_a_service_scores_clips_and_frames() -> None:
         for whole in (True, False):
             scores = scored(Http(url=url, clips=whole), clips()).rewards["mine"]
             np.testing.assert_allclose(scores, np.array([100, 20]) / 255, rtol=1e-6)
+
+
+def test_the_doctor_tries_a_reward_of_clips_on_a_clip() -> None:
+    (finding,) = reward_findings("the recipe", "motion", Motion())
+    assert (finding.level, finding.found) == ("ok", "motion can be loaded, and scores")
 
 
 def test_the_poster_stands_for_the_clip_and_the_fingerprint_is_of_all_frames() -> None:
