@@ -20,7 +20,7 @@ from tests.tiny_language_models import (
 )
 from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
 from tests.tiny_text_to_image import save_tiny_pixart_sigma, save_tiny_sana, tiny_t5, tiny_t5_tokenizer
-from tests.tiny_video import FRAMES, save_tiny_ltx, save_tiny_wan, save_tiny_wan22
+from tests.tiny_video import FRAMES, save_tiny_ltx, save_tiny_wan, save_tiny_wan22, save_tiny_wan_i2v
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
@@ -267,6 +267,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "wan": save_tiny_wan,
     "wan22": save_tiny_wan22,
     "ltx": save_tiny_ltx,
+    "wan_i2v": save_tiny_wan_i2v,
 }
 FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has them
     "digits:Digits": save_tiny_digits,
@@ -290,6 +291,7 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
     "pixart_sigma": {"max_sequence_length": 12},
     "sana": {"max_sequence_length": 14},
     **dict.fromkeys(("wan", "wan22"), {"max_sequence_length": 12, "resolution": 16, "num_frames": FRAMES}),
+    "wan_i2v": {"resolution": 16, "num_frames": FRAMES},
     "ltx": {"max_sequence_length": 12, "resolution": 32, "num_frames": FRAMES},
 }
 
@@ -298,7 +300,7 @@ SAFETY_CHECKED = ("stable_diffusion", "sd_inpainting")  # families whose pipelin
 BY_DDIM = (*SAFETY_CHECKED, "sdxl", "pixart_sigma")  # families that step by DDIM
 PACKED = ("flux", "flux_kontext", "qwen_image")  # families whose pipelines take and give tokens instead of latents
 UNGUIDED = ("flux", "flux_kontext", "flux2")  # families whose guidance is an input of the network
-VIDEO = ("wan", "wan22", "ltx")
+VIDEO = ("wan", "wan22", "ltx", "wan_i2v")
 WITHOUT_NEGATIVE = (*UNGUIDED, "flux2_klein")  # families whose pipelines take no negative prompt
 
 
@@ -340,6 +342,7 @@ def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str,
         return {"guidance_scale": scale, **text, **size}
     text |= size if name in ("z_image", *VIDEO) else {}
     text |= {"num_frames": FRAMES, "output_type": "pil"} if name in VIDEO else {}
+    text |= {"image": Image.new("RGB", (16, 16))} if name == "wan_i2v" else {}
     text |= {"height": 32, "width": 32} if name == "ltx" else {}
     return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **text}
 
