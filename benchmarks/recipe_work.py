@@ -45,6 +45,9 @@ NAMES = (
     "families/z_image_turbo_window",
     "families/sana_1600m_window",
     "families/pixart_sigma_aesthetic",
+    "families/wan21_1_3b_window",
+    "families/wan22_a14b_sharded",
+    "families/ltx_2b_window",
 )
 
 

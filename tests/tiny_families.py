@@ -15,7 +15,7 @@ from tests.tiny_language_models import tiny_chat_tokenizer, tiny_qwen3
 from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
 from tests.tiny_qwen_image import save_tiny_qwen_image, save_tiny_qwen_image_edit, save_tiny_qwen_image_edit_plus
 from tests.tiny_text_to_image import save_tiny_pixart_sigma, save_tiny_sana, tiny_t5, tiny_t5_tokenizer
-from tests.tiny_video import FRAMES, save_tiny_ltx, save_tiny_wan, save_tiny_wan22
+from tests.tiny_video import FRAMES, save_tiny_ltx, save_tiny_wan, save_tiny_wan22, save_tiny_wan_i2v
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
@@ -216,6 +216,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "wan": save_tiny_wan,
     "wan22": save_tiny_wan22,
     "ltx": save_tiny_ltx,
+    "wan_i2v": save_tiny_wan_i2v,
 }
 FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has them
     "digits:Digits": save_tiny_digits,
@@ -243,6 +244,7 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
     "pixart_sigma": {"max_sequence_length": 12},
     "sana": {"max_sequence_length": 14},
     **dict.fromkeys(("wan", "wan22"), {"max_sequence_length": 12, "resolution": 16, "num_frames": FRAMES}),
+    "wan_i2v": {"resolution": 16, "num_frames": FRAMES},
     "ltx": {"max_sequence_length": 12, "resolution": 32, "num_frames": FRAMES},
 }
 
@@ -251,7 +253,7 @@ SAFETY_CHECKED = ("stable_diffusion", "sd_inpainting")  # families whose pipelin
 BY_DDIM = (*SAFETY_CHECKED, "sdxl", "pixart_sigma")  # families that step by DDIM
 PACKED = ("flux", "flux_kontext", *QWEN_IMAGE)  # families whose pipelines take and give tokens instead of latents
 UNGUIDED = ("flux", "flux_kontext", "flux2")  # families whose guidance is an input of the network
-VIDEO = ("wan", "wan22", "ltx")
+VIDEO = ("wan", "wan22", "ltx", "wan_i2v")
 WITHOUT_NEGATIVE = (*UNGUIDED, "flux2_klein")  # families whose pipelines take no negative prompt
 
 
@@ -261,7 +263,7 @@ def image_keys(name: str, image: Image.Image) -> dict[str, Any]:
         return {"image": image, "mask_image": Image.new("L", image.size, 255)}
     if name == "flux_kontext":
         return {"image": image, "max_area": image.width * image.height, "_auto_resize": False}
-    return {"image": image} if name in EDITING else {}
+    return {"image": image} if name in (*EDITING, "wan_i2v") else {}
 
 
 def given_latents(name: str, latents: torch.Tensor) -> torch.Tensor:

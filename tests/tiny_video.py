@@ -36,13 +36,37 @@ def save_tiny_wan22(folder: Path, seed: int = 0, **scheduler: object) -> Path:
     return save_tiny_wan(folder, seed, 0.7, **scheduler)
 
 
-def _transformer() -> Any:
+def save_tiny_wan_i2v(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write the pipeline. `scheduler` changes the published configuration, as for text to video."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline
+    from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    pipeline_wan_i2v.prompt_clean = pipeline_wan.prompt_clean  # its own fails where ftfy is not installed
+    torch.manual_seed(seed)
+    keys: Any = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, **scheduler}
+    vision: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size = {"height": 8, "width": 8}
+    WanImageToVideoPipeline(
+        transformer=_transformer(in_channels=12, image_dim=16, added_kv_proj_dim=24),
+        scheduler=UniPCMultistepScheduler(**keys),
+        vae=AutoencoderKLWan(**WAN_DECODER),
+        text_encoder=_umt5(32),
+        tokenizer=tiny_t5_tokenizer(512),
+        image_encoder=CLIPVisionModel(CLIPVisionConfig(**vision, image_size=8, patch_size=4)),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=size),
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _transformer(in_channels: int = 4, **keys: Any) -> Any:
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
+        **keys,
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         text_dim=32,
         freq_dim=16,

@@ -20,4 +20,5 @@ POLICIES: Registry = {
     "wan": "ray_ddpo.common.diffusion.families.wan:Wan",
     "wan22": "ray_ddpo.common.diffusion.families.wan22:Wan22",
     "ltx": "ray_ddpo.common.diffusion.families.ltx:LTX",
+    "wan_i2v": "ray_ddpo.common.diffusion.families.wan_i2v:WanImage",
 }

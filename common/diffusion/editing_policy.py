@@ -42,7 +42,7 @@ class EditingPolicy(DiffusersPolicy):
             mask: 1 where the image may change, else 0.
         """
 
-    def _latents_of(self, pixels: Float[Tensor, "1 3 H2 W2"]) -> Float[Tensor, "1 C *S"]:
+    def _latents_of(self, pixels: Float[Tensor, "1 3 *S2"]) -> Float[Tensor, "1 C *S"]:
         """Return the mode of the encoder's posterior, as the network takes latents."""
         return self._scaled(
             self.config.encoded(self.vae, pixels, torch.zeros(1, *self.latent_shape, device=pixels.device))

@@ -43,6 +43,10 @@ class WanPolicy(VideoPolicy):
         mean, deviation = self._statistics(latents)
         return latents / (1.0 / deviation) + mean  # rounded as the pipeline does
 
+    def _scaled(self, latents: Tensor) -> Tensor:
+        mean, deviation = self._statistics(latents)
+        return (latents - mean) * (1.0 / deviation)
+
 
 class Wan(VideoConfig):
     """Wan 2.1, and the small Wan 2.2 of one network: text to video."""

@@ -52,6 +52,18 @@ WAN_22_5B: Configs = {
     },
     "text_encoder": UMT5_XXL,
 }
+WAN_21_I2V_14B: Configs = WAN_21_14B | {
+    "transformer": TRANSFORMER_14B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "image_encoder": {  # laion/CLIP-ViT-H-14-laion2B-s32B-b79K's image tower
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    },
+}
 WAN_21_1_3B: Configs = WAN_21_14B | {
     "transformer": TRANSFORMER_14B | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 }

@@ -62,7 +62,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
     "SanaPipeline": {"in_channels": 32, "out_channels": 32, "caption_channels": 2304},
     "PixArtSigmaPipeline": {"in_channels": 4, "out_channels": 8},
     LTX_PIPELINE: {"in_channels": 128, "out_channels": 128, "caption_channels": 4096},
-    "WanPipeline": {"in_channels": 16, "out_channels": 16, "text_dim": 4096},
+    **dict.fromkeys(WAN_PIPELINES, {"in_channels": 16, "out_channels": 16, "text_dim": 4096}),
 }
 # Pipelines with a single text encoder → the network's key for the width of its states, from how many layers, the
 # encoder's key, and transformers' default of that.
@@ -72,7 +72,7 @@ SINGLE_ENCODERS = {
     "Flux2KleinPipeline": ("joint_attention_dim", 3, "hidden_size", 4096),
     "ZImagePipeline": ("cap_feat_dim", 1, "hidden_size", 4096),
     LTX_PIPELINE: ("caption_channels", 1, "d_model", 512),
-    "WanPipeline": ("text_dim", 1, "d_model", 512),
+    **dict.fromkeys(WAN_PIPELINES, ("text_dim", 1, "d_model", 512)),
     "SanaPipeline": ("caption_channels", 1, "hidden_size", 2304),
     "PixArtSigmaPipeline": ("caption_channels", 1, "d_model", 512),
 }
@@ -314,7 +314,7 @@ def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]
 
 def _length_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     """Yield CLIPs that have fewer positions than their tokenizer gives tokens."""
-    clips = [part for part, (_, made) in config.text_parts.items() if made.startswith("CLIP")]
+    clips = [part for part, (_, made) in config.text_parts.items() if made.startswith("CLIPText")]
     separate_lengths = config.pipeline_class == "StableDiffusionXLPipeline"
     lengths: dict[str, Any] = {}
     for clip, own in zip(clips, config.tokenizers, strict=False):

@@ -31,6 +31,7 @@ FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its
     "PixArtSigmaPipeline": ("pixart_sigma", "PixArt-Sigma"),
     "WanPipeline": ("wan", "Wan"),
     "LTXPipeline": ("ltx", "LTX-Video"),
+    "WanImageToVideoPipeline": ("wan_i2v", "Wan from images"),
 }
 TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had two for each
     "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),

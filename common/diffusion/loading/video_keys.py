@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-WAN_PIPELINES = ("WanPipeline",)
+WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 LTX_PIPELINE = "LTXPipeline"
 
 
@@ -12,7 +12,12 @@ def expert_faults(has_experts: bool, index: Mapping[str, Any]) -> Iterator[str]:
     boundary = index.get("boundary_ratio")
     if "_class_name" in index and has_experts != (boundary is not None):
         number, family = ("two networks", "wan22") if boundary is not None else ("one network", "wan")
-        yield f'model_index.json has boundary_ratio={boundary!r}, of a model with {number}: policy.name must be "{family}"'
+        remedy = f'policy.name must be "{family}"'
+        if index["_class_name"] != "WanPipeline":
+            remedy = "no family here trains one that reads images"
+        yield f"model_index.json has boundary_ratio={boundary!r}, of a model with {number}: {remedy}"
+    elif index.get("expand_timesteps") and index["_class_name"] != "WanPipeline":
+        yield "model_index.json has expand_timesteps=True, and no family here trains a model that reads images so"
     elif boundary is not None and not (isinstance(boundary, int | float) and 0 < boundary < 1):
         yield f"model_index.json has boundary_ratio={boundary!r}: it must be a number between 0 and 1"
 

@@ -182,7 +182,7 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
     """
     if not isinstance(policy, DiffusersConfig):
         return f"# {type(policy).__name__} has no pipeline in diffusers: use ddpo sample for these weights"
-    push, full, part = recipe.push, policy.train == "full", policy.network_name
+    push, full, part = recipe.push, policy.train == "full", policy.trained_part
     revision = f", revision={push.revision!r}" if push.revision else ""
     names = [policy.pipeline_class, *([policy.network_class] if full else [])]
     names += [policy.scheduler_class] if policy.scheduler_class else []
@@ -191,7 +191,8 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
     lines += ["from PIL import Image  # of the size of the output", ""] if policy.reads_inputs else [""]
     network = ""
     if full:
-        lines.append(f'{part} = {policy.network_class}.from_pretrained({push.repo!r}, subfolder="{part}"{revision})')
+        folder = policy.network_name
+        lines.append(f'{part} = {policy.network_class}.from_pretrained({push.repo!r}, subfolder="{folder}"{revision})')
         network = f", {part}={part}"
     left_out = "".join(f", {name}=None" for name in policy.loading if name in policy.switches)
     call = f"{_reader(policy, base)}{network}{left_out})"
@@ -207,7 +208,8 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
         ]
     elif not full:
         weights = 'weight_name="pytorch_lora_weights.safetensors"'
-        lines.append(f"pipeline.load_lora_weights({push.repo!r}, {weights}{revision})")
+        into = "" if part == policy.network_name else f", load_into_{part}=True"
+        lines.append(f"pipeline.load_lora_weights({push.repo!r}, {weights}{revision}{into})")
     lines += ['pipeline.to("cuda" if torch.cuda.is_available() else "cpu")', *_sampling_lines(recipe, policy, prompt)]
     return "\n".join(lines)
 

@@ -51,6 +51,7 @@ SIZES = {
     "wan": (32, 16),
     "wan22": (16, 32),
     "ltx": (64, 32),
+    "wan_i2v": (32, 16),
 }
 OTHER_THAN_EMPTY = ("sdxl", *QWEN_IMAGE)  # where no negative prompt is given, the one takes zeros, the other a space
 IN_TURNS = (pytest.mark.thorough, pytest.mark.rotated(every=2))
@@ -204,7 +205,7 @@ def test_a_size_that_cannot_be_made_is_refused_with_the_recipe(
 
 def test_units_of_a_size_are_those_of_decoder_and_patch(tmp_path: Path) -> None:
     units = {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "flux_kontext": 4, "qwen_image": 4}
-    units |= {"qwen_image_edit": 4, "wan": 16, "ltx": 32}
+    units |= {"qwen_image_edit": 4, "wan": 16, "wan_i2v": 16, "ltx": 32}
     units |= {"z_image": 4, "flux2": 4, "sana": 32, "pixart_sigma": 16}
     for name, unit in units.items():
         config = build(POLICIES, policy_table(name, MAKERS[name](tmp_path / name)), "policy")
