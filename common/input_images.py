@@ -164,7 +164,7 @@ def check_inputs(metadata: Sequence[Metadata], where: str) -> None:
                 f"{where}: the image {about[IMAGE]!r} has {sizes[IMAGE]} pixels, and its mask {about[MASK]!r} "
                 f"{sizes[MASK]}: both must have one size"
             )
-        brightest = images[MASK].convert("L").getextrema()[1] if MASK in images else 0
+        brightest = int(np.asarray(images[MASK].convert("L")).max()) if MASK in images else 0
         if 0 < brightest < WHITE:
             raise ValueError(
                 f"{where}: the brightest pixel of the mask {about[MASK]!r} is {brightest} of 255, and at least {WHITE} "

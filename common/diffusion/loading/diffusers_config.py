@@ -23,6 +23,7 @@ from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
 from ray_ddpo.common.diffusion.memory.sizes_cache import cached_sizes
 from ray_ddpo.common.diffusion.network_storage import convert_weights
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, Policy, PolicyConfig, Role, quiet_libraries
+from ray_ddpo.common.diffusion.schedulers.conversion import DDIM, as_loaded, last_step_is_stochastic
 from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.trajectory import DTYPES
@@ -137,6 +138,13 @@ class DiffusersConfig(PolicyConfig):
     def branches(self, sampling: SamplingTable) -> int:
         """Return the network's rows per image: 2 with classifier-free guidance, else 1."""
         return 2 if sampling.guidance_scale > self.guided_above else 1
+
+    def stochastic_steps(self, sampling: SamplingTable) -> int:
+        parts = configuration_files(self) if self.scheduler_class == DDIM else {}
+        if "scheduler" not in parts:
+            return super().stochastic_steps(sampling)
+        loaded = as_loaded(parts.get("model_index", {}), parts["scheduler"])[0]
+        return sampling.num_steps - (not last_step_is_stochastic(loaded))
 
     def pipeline_arguments(self, sampling: SamplingTable, size: tuple[int, int]) -> dict[str, Any]:
         """Return the arguments with which the family's pipeline samples as samplers do, for a model card's program.

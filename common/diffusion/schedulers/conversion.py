@@ -98,6 +98,13 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"clip_sample": False, **written}
 
 
+def last_step_is_stochastic(config: Mapping[str, Any]) -> bool:
+    """Return whether the last step of DDIM has noise, by the keys of a scheduler's file: it must not end at the image."""
+    spacing, offset = config.get("timestep_spacing", "leading"), config.get("steps_offset", 0)
+    ends_where_it_starts = spacing == "linspace" or (spacing == "leading" and not offset)
+    return not config.get("set_alpha_to_one", True) and not ends_where_it_starts
+
+
 def flow_config(config: Mapping[str, Any], with_solver: bool = False) -> dict[str, Any]:
     """Return the configuration from which the flow's own scheduler class makes the same flow.
 

@@ -4,17 +4,21 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion, StableDiffusionPolicy
 from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
-from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, Conditioning, select_rows
+from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, Conditioning, PolicyConfig, select_rows
 from ray_ddpo.common.diffusion.rollout import sample_trajectories
+from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.reference import ddpo_reference as reference
+from tests.tiny_families import policy_table, save_tiny_sdxl
 from tests.tiny_pipeline import save_tiny_pipeline
 from tests.tiny_policy import SAMPLING, scatter, tiny_policy
 
@@ -250,3 +254,29 @@ def test_numerics_differ_if_half_precision_rounds_at_other_places(keys: dict, di
 def test_only_adapters_are_merged() -> None:
     with pytest.raises(ValueError, match='merge_adapters is true and train "full"'):
         StableDiffusion(model="tiny_animals", train="full", merge_adapters=True)
+
+
+@pytest.mark.parametrize("ends_at_image", [True, False, None])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"timestep_spacing": "leading", "steps_offset": 1},
+        {"timestep_spacing": "leading", "steps_offset": 0},
+        {"timestep_spacing": "trailing"},
+        {"timestep_spacing": "linspace"},
+    ],
+)
+@pytest.mark.parametrize("save", [save_tiny_pipeline, save_tiny_sdxl])
+def test_the_steps_that_a_plan_counts_are_those_of_the_loaded_model(
+    save: Any, keys: dict[str, Any], ends_at_image: bool | None, tmp_path: Path
+) -> None:
+    model = save(tmp_path / "model")
+    file = model / "scheduler" / "scheduler_config.json"
+    config = {**json.loads(file.read_text()), **keys, "set_alpha_to_one": ends_at_image}
+    if ends_at_image is None:
+        del config["set_alpha_to_one"]
+    file.write_text(json.dumps(config))
+    name = "sdxl" if save is save_tiny_sdxl else "stable_diffusion"
+    policy = build(POLICIES, policy_table(name, model), "policy", PolicyConfig)
+    sampling = SamplingTable(num_steps=4)
+    assert policy.stochastic_steps(sampling) == len(policy.load("cpu", sampling, "learner").stochastic_steps)
