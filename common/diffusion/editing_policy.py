@@ -44,7 +44,9 @@ class EditingPolicy(DiffusersPolicy):
 
     def _latents_of(self, pixels: Float[Tensor, "1 3 H2 W2"]) -> Float[Tensor, "1 C H W"]:
         """Return the mode of the encoder's posterior, as the network takes latents."""
-        return self._scaled(self.config.encoded(self.vae, pixels, torch.zeros(1, *self.latent_shape, device=pixels.device)))
+        return self._scaled(
+            self.config.encoded(self.vae, pixels, torch.zeros(1, *self.latent_shape, device=pixels.device))
+        )
 
     def _on_device(self, inputs: InputImages, row: int) -> tuple[Tensor, Tensor]:
         """Return one prompt's pixels and mask as the encoder takes them."""
