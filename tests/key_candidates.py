@@ -107,16 +107,8 @@ TOKENIZER: dict[str, list[Any]] = {
     "eos_token": ["!"],
     "truncation_side": ["left"],
 }
-T5: dict[str, list[Any]] = {
-    "d_model": [24],
-    "num_layers": [2],
-    "feed_forward_proj": ["relu"],
-    "layer_norm_epsilon": [0.1],
-    "relative_attention_num_buckets": [8],
-    "dropout_rate": [0.5],
-    "vocab_size": [80],
-    "d_ff": [30],
-}
+T5: dict[str, list[Any]] = {"d_model": [24], "num_layers": [2], "feed_forward_proj": ["relu"], "d_ff": [30]}
+T5 |= {"layer_norm_epsilon": [0.1], "relative_attention_num_buckets": [8], "dropout_rate": [0.5], "vocab_size": [80]}
 T5_TOKENIZER: dict[str, list[Any]] = {"model_max_length": [6, ABSENT], "padding_side": ["left"]}
 DDIM: dict[str, list[Any]] = {
     "beta_end": [0.02],
@@ -345,19 +337,13 @@ FLOW_PARTS: dict[str, dict[str, list[Any]]] = {
     "tokenizer": TOKENIZER,
 }
 # Without torchvision no Qwen2VLProcessor of transformers can be loaded, so both sides read this part by one class.
-PROCESSOR: dict[str, list[Any]] = {
-    "size": [{"shortest_edge": 12544, "longest_edge": 1003520}],
-    "min_pixels": [12544],
-    "patch_size": [7],
-    "merge_size": [1],
-    "temporal_patch_size": [1],
-    "image_mean": [[0.1, 0.2, 0.3]],
-    "do_rescale": [False],
-    "do_resize": [False],
-    "resample": [0],
-}
+PROCESSOR: dict[str, list[Any]] = {"patch_size": [7], "merge_size": [1], "temporal_patch_size": [1]}
+PROCESSOR |= {"image_mean": [[0.1, 0.2, 0.3]], "do_rescale": [False], "do_resize": [False], "resample": [0]}
+PROCESSOR |= {"size": [{"shortest_edge": 12544, "longest_edge": 1003520}], "min_pixels": [12544]}
 QWEN_EDIT = {"transformer": QWEN_IMAGE, "vae": QWEN_DECODER, "scheduler": FLOW, "text_encoder": QWEN_TEXT}
 QWEN_EDIT |= {"tokenizer": QWEN_TOKENIZER, "processor": PROCESSOR}
+DEV = {"transformer": FLUX2, "vae": FLUX2_DECODER, "scheduler": FLOW, "tokenizer": CHAT_TOKENIZER}
+KLEIN = DEV | {"text_encoder": QWEN3_TEXT, "model_index": {"is_distilled": [True, None]}}
 PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "stable_diffusion": UNET_PARTS | {"vae": TINY_DECODER, "text_encoder": CLIP, "tokenizer": TOKENIZER},
     "sdxl": UNET_PARTS
@@ -373,9 +359,10 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "qwen_image_edit_plus": QWEN_EDIT,
     "qwen_image": {"transformer": QWEN_IMAGE, "vae": QWEN_DECODER, "scheduler": FLOW, "text_encoder": QWEN_TEXT}
     | {"tokenizer": QWEN_TOKENIZER},
-    "flux2": {"transformer": FLUX2, "vae": FLUX2_DECODER, "scheduler": FLOW, "tokenizer": CHAT_TOKENIZER},
-    "flux2_klein": {"transformer": FLUX2, "vae": FLUX2_DECODER, "scheduler": FLOW, "text_encoder": QWEN3_TEXT}
-    | {"tokenizer": CHAT_TOKENIZER, "model_index": {"is_distilled": [True, None]}},
+    "flux2": DEV,
+    "flux2_klein": KLEIN,
+    "flux2_edit": DEV,
+    "flux2_klein_edit": KLEIN,
     "z_image": {"transformer": Z_IMAGE, "vae": DECODER, "scheduler": FLOW, "text_encoder": QWEN3_TEXT}
     | {"tokenizer": CHAT_TOKENIZER},
     "pixart_sigma": {"transformer": PIXART, "vae": DECODER, "scheduler": DDIM, "text_encoder": T5}

@@ -8,13 +8,14 @@ from unittest.mock import patch
 
 import diffusers
 import torch
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from tests.tiny_families import SAFETY_CHECKED, VIDEO, given_latents, take_first_order_steps
 
 # Families whose pipelines take all images of a call as those of one prompt.
-ONE_AT_A_TIME = ("qwen_image_edit", "qwen_image_edit_plus")
+ONE_AT_A_TIME = ("qwen_image_edit", "qwen_image_edit_plus", "flux2_edit", "flux2_klein_edit")
 
 
 def own_pipeline(name: str, config: DiffusersConfig, model: Path | str, first_order: bool = True) -> Any:
@@ -54,7 +55,11 @@ def own_call(name: str, pipeline: Any, prompts: Sequence[str], latents: torch.Te
 
 @contextmanager
 def sizes_as_given(size: tuple[int, int]) -> Iterator[None]:
-    """Let Qwen-Image-Edit's pipelines encode an image at its own size, and not at 1024² pixels. `size` is width, height."""
+    """Let pipelines encode an image at its own size: Qwen-Image-Edit's take 1024² pixels, and FLUX.2's no small images.
+
+    Args:
+        size: width and height in pixels.
+    """
     known = pipeline_qwenimage_edit_plus.calculate_dimensions
 
     def dimensions(area: int, ratio: float) -> tuple[int, int]:
@@ -63,5 +68,6 @@ def sizes_as_given(size: tuple[int, int]) -> Iterator[None]:
     with (
         patch.object(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (*size, None)),
         patch.object(pipeline_qwenimage_edit_plus, "calculate_dimensions", dimensions),
+        patch.object(Flux2ImageProcessor, "check_image_input", lambda _, image: image),
     ):
         yield

@@ -210,6 +210,8 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "qwen_image_edit_plus": save_tiny_qwen_image_edit_plus,
     "flux2": save_tiny_flux2,
     "flux2_klein": save_tiny_flux2_klein,
+    "flux2_edit": save_tiny_flux2,
+    "flux2_klein_edit": save_tiny_flux2_klein,
     "z_image": save_tiny_z_image,
     "pixart_sigma": save_tiny_pixart_sigma,
     "sana": save_tiny_sana,
@@ -223,7 +225,10 @@ FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has 
     "shapes:Shapes": save_tiny_shapes,
 }
 QWEN_IMAGE = ("qwen_image", "qwen_image_edit", "qwen_image_edit_plus")
-EDITING = ("flux_kontext", "sd_inpainting", "qwen_image_edit", "qwen_image_edit_plus")
+EDITING = (
+    *("flux_kontext", "sd_inpainting", "qwen_image_edit", "qwen_image_edit_plus"),
+    *("flux2_edit", "flux2_klein_edit"),
+)
 # Families with a mask get prompts of different lengths, so that their masks differ.
 PROMPTS = {
     **dict.fromkeys((*QWEN_IMAGE, "pixart_sigma", "sana", "ltx"), ["a cat", "a calf", "cow"]),
@@ -238,8 +243,9 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
     "qwen_image": {"max_sequence_length": 12, "resolution": 16},
     "qwen_image_edit": {"max_sequence_length": 14, "resolution": 16},  # with 2 marks of the image
     "qwen_image_edit_plus": {"max_sequence_length": 25, "resolution": 16},  # with "Picture 1: " as well
-    "flux2": {"max_sequence_length": 17, "resolution": 16},
-    "flux2_klein": {"max_sequence_length": 17, "resolution": 16},
+    **dict.fromkeys(
+        ("flux2", "flux2_klein", "flux2_edit", "flux2_klein_edit"), {"max_sequence_length": 17, "resolution": 16}
+    ),
     "z_image": {"max_sequence_length": 38, "resolution": 16},
     "pixart_sigma": {"max_sequence_length": 12},
     "sana": {"max_sequence_length": 14},
@@ -252,9 +258,9 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
 SAFETY_CHECKED = ("stable_diffusion", "sd_inpainting")  # families whose pipelines ask for a safety checker
 BY_DDIM = (*SAFETY_CHECKED, "sdxl", "pixart_sigma")  # families that step by DDIM
 PACKED = ("flux", "flux_kontext", *QWEN_IMAGE)  # families whose pipelines take and give tokens instead of latents
-UNGUIDED = ("flux", "flux_kontext", "flux2")  # families whose guidance is an input of the network
+UNGUIDED = ("flux", "flux_kontext", "flux2", "flux2_edit")  # families whose guidance is an input of the network
 VIDEO = ("wan", "wan22", "ltx", "wan_i2v")
-WITHOUT_NEGATIVE = (*UNGUIDED, "flux2_klein")  # families whose pipelines take no negative prompt
+WITHOUT_NEGATIVE = (*UNGUIDED, "flux2_klein", "flux2_klein_edit")  # families whose pipelines take no negative prompt
 
 
 def image_keys(name: str, image: Image.Image) -> dict[str, Any]:

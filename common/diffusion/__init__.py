@@ -14,6 +14,8 @@ POLICIES: Registry = {
     "qwen_image_edit_plus": "ray_ddpo.common.diffusion.families.qwen_image_edit:QwenImageEditPlus",
     "flux2": "ray_ddpo.common.diffusion.families.flux2:Flux2",
     "flux2_klein": "ray_ddpo.common.diffusion.families.flux2:Flux2Klein",
+    "flux2_edit": "ray_ddpo.common.diffusion.families.flux2_edit:Flux2Edit",
+    "flux2_klein_edit": "ray_ddpo.common.diffusion.families.flux2_edit:Flux2KleinEdit",
     "z_image": "ray_ddpo.common.diffusion.families.z_image:ZImage",
     "pixart_sigma": "ray_ddpo.common.diffusion.families.pixart_sigma:PixArtSigma",
     "sana": "ray_ddpo.common.diffusion.families.sana:Sana",

@@ -27,24 +27,36 @@ OWN_LATENT_SIZE = 64  # not in the configuration: images of 1024² pixels
 FLUX2_LORA = BOTH_STREAMS.model_copy(update={"target_modules": (*BOTH_STREAMS.target_modules, "attn.to_qkv_mlp_proj")})
 
 
-def token_places(height: int, width: int, text: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (image, row, column, place in the text) of image tokens and of text tokens, created on the device."""
+def token_places(height: int, width: int, text: int, device: torch.device, images: int = 1) -> tuple[Tensor, Tensor]:
+    """Return (time, row, column, place in the text) of image tokens and of text tokens, created on the device.
+
+    The image that is made has time 0, and input images behind it 10, 20, …
+    """
     rows, columns, words = (torch.arange(count, device=device) for count in (height, width, text))
-    zero = torch.zeros(1, device=device, dtype=torch.long)
-    return torch.cartesian_prod(zero, rows, columns, zero), torch.cartesian_prod(zero, zero, zero, words)
+    zero, times = torch.zeros(1, device=device, dtype=torch.long), 10 * torch.arange(images, device=device)
+    return torch.cartesian_prod(times, rows, columns, zero), torch.cartesian_prod(zero, zero, zero, words)
 
 
 def call_transformer(
-    guidance_scale: float | None, network: Any, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor
+    guidance_scale: float | None,
+    network: Any,
+    latents: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    input_latents: Tensor | None = None,
 ) -> Tensor:
-    """Return the velocity prediction per row. A `guidance_scale` is an input of the network."""
+    """Return the velocity prediction per row. A `guidance_scale` is an input of the network.
+
+    Tokens of an input image stand behind those of the latents, and what the network says of them is ignored.
+    """
     height, width = latents.shape[-2:]
-    image, text = token_places(height, width, prompt_embeds.shape[1], latents.device)
+    images = [latents] if input_latents is None else [latents, input_latents]
+    image, text = token_places(height, width, prompt_embeds.shape[1], latents.device, len(images))
     guidance = None
     if guidance_scale is not None:
         guidance = torch.full((len(latents),), guidance_scale, device=latents.device, dtype=torch.float32)
     tokens = network(
-        hidden_states=latents.flatten(2).transpose(1, 2),
+        hidden_states=torch.cat([each.flatten(2).transpose(1, 2) for each in images], dim=1),
         timestep=timesteps.to(latents.dtype) / 1000,
         guidance=guidance,
         encoder_hidden_states=prompt_embeds,
@@ -52,7 +64,7 @@ def call_transformer(
         txt_ids=text,
         return_dict=False,
     )[0]
-    return tokens.transpose(1, 2).reshape(latents.shape)
+    return tokens[:, : height * width].transpose(1, 2).reshape(latents.shape)
 
 
 def empirical_shift(tokens: int, num_steps: int) -> float:
@@ -161,8 +173,8 @@ class Flux2Config(DiffusersConfig):
         return {"prompt_embeds": (self.max_sequence_length, configs["transformer"]["joint_attention_dim"])}
 
 
-class Flux2(Flux2Config):
-    """FLUX.2-dev. Guidance is distilled, so that it needs no second forward pass."""
+class Flux2Dev(Flux2Config):
+    """FLUX.2-dev, with or without an input image. Guidance is distilled, so that it needs no second forward pass."""
 
     pipeline_class: ClassVar[str] = "Flux2Pipeline"
     published: ClassVar[dict[str, Configs]] = {"black-forest-labs/FLUX.2-dev": DEV}
@@ -186,8 +198,8 @@ class Flux2(Flux2Config):
         return functools.partial(call_transformer, sampling.guidance_scale)
 
 
-class Flux2Klein(Flux2Config):
-    """FLUX.2-klein, distilled to few steps without guidance, or its base with guidance."""
+class Klein(Flux2Config):
+    """FLUX.2-klein, with or without an input image, distilled to few steps without guidance, or its base with guidance."""
 
     pipeline_class: ClassVar[str] = "Flux2KleinPipeline"
     published: ClassVar[dict[str, Configs]] = {
@@ -219,3 +231,11 @@ class Flux2Klein(Flux2Config):
 
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
         return functools.partial(call_transformer, None)
+
+
+class Flux2(Flux2Dev):
+    """FLUX.2-dev, which makes images of text."""
+
+
+class Flux2Klein(Klein):
+    """FLUX.2-klein, which makes images of text."""

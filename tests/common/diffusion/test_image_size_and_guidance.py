@@ -45,6 +45,8 @@ SIZES = {
     "qwen_image_edit_plus": (12, 24),
     "flux2": (24, 12),
     "flux2_klein": (24, 12),
+    "flux2_edit": (24, 12),
+    "flux2_klein_edit": (12, 24),
     "z_image": (24, 12),
     "sana": (64, 32),
     "pixart_sigma": (48, 32),

@@ -27,6 +27,8 @@ EXPECTED = {
     "qwen_image_edit_plus": {"text_encoder": (12, 2)},
     "flux2": {"text_encoder": (12, 2)},
     "flux2_klein": {"text_encoder": (12, 2)},
+    "flux2_edit": {"text_encoder": (12, 2)},
+    "flux2_klein_edit": {"text_encoder": (12, 2)},
     "z_image": {"text_encoder": (12, 2)},  # behind the template
     "sana": {"text_encoder": (13, 2)},
     "pixart_sigma": {"text_encoder": (12, 2)},
