@@ -33,9 +33,10 @@ def imported(path: Path) -> set[str]:
 def test_a_component_imports_no_other_component_of_its_registry(registry: dict[str, str]) -> None:
     modules = {path.partition(":")[0] for path in registry.values()}
     files = {module: ROOT / f"{module.replace('.', '/')}.py" for module in modules}
-    assert {module: imported(file) & (modules - {module}) for module, file in files.items()} == dict.fromkeys(
-        modules, set()
-    )
+    found = {module: imported(file) & (modules - {module}) for module, file in files.items()}
+    # A variant may extend the family that its file is named after, as wan_i2v does wan.
+    others = {module: {name for name in names if not module.startswith(name)} for module, names in found.items()}
+    assert others == dict.fromkeys(modules, set())
 
 
 def test_no_file_outside_the_algorithms_compares_algorithm_names() -> None:
