@@ -56,6 +56,7 @@ class Wan22Policy(WanPolicy):
     def _guided(
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, both: bool
     ) -> Float[Tensor, "B C F H W"]:
+        """Run the expert of each row's timestep, as a base class runs its network."""
         assert isinstance(self.steps, FlowMatchTable), "as `_table` returns it"
         high = is_high(timesteps, self._boundary, self.steps)
         if bool((high == high[0]).all()):

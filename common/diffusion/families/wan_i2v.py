@@ -53,6 +53,7 @@ class WanImagePolicy(EditingPolicy, WanPolicy):
         return rows | {"input_states": torch.cat(states)}
 
     def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
+        """Encode one prompt, as the pipeline of text to video does."""
         from diffusers import WanPipeline
 
         # As this pipeline's own `encode_prompt` does, which fails where ftfy is not installed; the other one does not.

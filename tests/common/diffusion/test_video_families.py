@@ -7,11 +7,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.lora.adapters import read_weights
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories, score
+from ray_ddpo.common.input_images import InputImages
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.own_pipelines import own_call
@@ -131,6 +133,31 @@ def test_a_learner_of_one_expert_refuses_steps_of_the_other(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="policy.expert is 'low_noise', and the learner asks for a step of the other"):
         rows = config.load("cpu", SAMPLING, "sampler").encode(["a cat"])
         learner.transition(torch.randn(1, *learner.latent_shape), torch.tensor([0]), rows)
+
+
+@pytest.mark.parametrize(("size", "scale"), [((16, 16), 3.0), ((32, 16), 1.0)])
+def test_a_video_from_an_image_equals_that_of_diffusers_own_pipeline(
+    size: tuple[int, int], scale: float, tmp_path: Path
+) -> None:
+    height, width = size
+    family, settings = ("wan_i2v", MAKERS["wan_i2v"](tmp_path)), SamplingTable(num_steps=4, guidance_scale=scale)
+    config = config_of(family, resolution=None, height=height, width=width)
+    sampler, learner = (config.load("cpu", settings, role) for role in ("sampler", "learner"))
+    pixels = np.random.default_rng(0).integers(0, 255, (2, height, width, 3), dtype=np.uint8)
+    inputs = InputImages(pixels=pixels, masks=np.ones((2, height, width), bool))
+    latents = sample_trajectories(sampler, PROMPTS, SEEDS, settings, range(0), inputs=inputs).final_latents
+    pipeline: Any = diffusers.WanImageToVideoPipeline.from_pretrained(family[1])
+    pipeline.set_progress_bar_config(disable=True)
+    take_first_order_steps("wan_i2v", pipeline)
+    noise = next(image_noise(SEEDS, sampler.latent_shape))
+    for row, prompt in enumerate(PROMPTS):  # its call takes one image
+        keys = call_keys("wan_i2v", scale) | {"image": Image.fromarray(pixels[row]), "height": height, "width": width}
+        keys |= {"num_inference_steps": 4, "latents": noise[row : row + 1], "output_type": "latent"}
+        plain = pipeline(prompt=prompt, **keys).frames
+        torch.testing.assert_close(latents[row : row + 1], plain, rtol=1e-5, atol=1e-5)
+    sampler.load_weights(read_weights(learner.network, 1))
+    trajectory = sample_trajectories(sampler, PROMPTS, SEEDS, settings, inputs=inputs)
+    assert torch.equal(score(learner, trajectory), trajectory.log_probs)
 
 
 def test_clips_are_decoded_one_by_one_and_those_without_finite_pixels_are_named(family: tuple[str, Path]) -> None:
