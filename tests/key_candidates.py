@@ -3,8 +3,7 @@
 from typing import Any
 
 from tests.changed_keys import ABSENT, Change
-from tests.flow_solver_keys import FLOW_SOLVER, UNIPC
-from tests.video_keys import WAN, WAN_DECODER
+from tests.video_keys import FLOW_SOLVER, UNIPC, WAN, WAN_DECODER
 
 UNET: dict[str, list[Any]] = {
     "center_input_sample": [True],

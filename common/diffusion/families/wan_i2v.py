@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from ray_ddpo.common.diffusion.editing_policy import EditingPolicy
+from ray_ddpo.common.diffusion.families.published_parts import WIDE_ADAPTERS
 from ray_ddpo.common.diffusion.families.wan import Wan, WanPolicy
 from ray_ddpo.common.diffusion.families.wan_published import WAN_21_I2V_14B
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.policy import Conditioning
 from ray_ddpo.common.diffusion.prompt_lengths import TextReader
 from ray_ddpo.common.input_images import InputImages, blank_inputs
@@ -90,6 +92,10 @@ class WanImage(Wan):
         "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": WAN_21_I2V_14B,
     }
 
+    lora: LoraSettings = LoraSettings(
+        rank=32, alpha=64, target_modules=(*WIDE_ADAPTERS.target_modules, "add_k_proj", "add_v_proj")
+    )
+    """LoRA adapters that are trained. By default rank 32 on the projections of both attentions, the image's too."""
     max_sequence_length: int = Field(default=512, ge=512, le=512)
     """Tokens of a prompt that the network reads. It finds the image's states by this number."""
 
