@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.recipe.registry import component_class
+from ray_ddpo.common.recipe.registry import build, component_class
 from ray_ddpo.train import run_training
 from tests.input_files import input_table, save_inputs
+from tests.own_pipelines import own_pipeline
 from tests.system.conftest import final_fingerprint
 from tests.tiny_families import MAKERS, load_lora, policy_table
 
@@ -67,8 +67,8 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_its_lora_loads_in_diffusers(
     lora = Path(recipe.run_path()) / "lora"
     learned = load_file(lora / "pytorch_lora_weights.safetensors")
     assert any(np.abs(value).max() > 0 for name, value in learned.items() if "lora_B" in name)
-    config: Any = component_class(POLICIES, family, "policy")
-    pipeline = getattr(diffusers, config.pipeline_class).from_pretrained(tmp_path / family)
+    config = build(POLICIES, policy_table(family, tmp_path / family), "policy")
+    pipeline = own_pipeline(family, config, tmp_path / family)
     load_lora(pipeline, lora)
     network = getattr(pipeline, config.network_name)
     assert sum("lora_B" in name for name, _ in network.named_parameters()) == sum("lora_B" in name for name in learned)

@@ -202,6 +202,7 @@ class QwenImageEditPolicy(EditingPolicy, QwenImagePolicy):
     config: "QwenImageEditFamily"
 
     def _encode_texts(self, prompts: list[str], inputs: InputImages) -> Conditioning:
+        """Return the states of each prompt, and with guidance those of the negative prompt, beside the input image."""
         images = [Image.fromarray(pixels) for pixels in inputs.pixels]
         negative = UNCONDITIONAL if self.negative_prompt is None else self.negative_prompt
         with self._at_work(*self.text_encoders):
