@@ -16,7 +16,7 @@ from ray_ddpo.common.diffusion.guidance import BOTH, guided
 from ray_ddpo.common.diffusion.loading.config_keys import configuration_files
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.network_storage import convert_weights
-from ray_ddpo.common.diffusion.policy import Conditioning, Role
+from ray_ddpo.common.diffusion.policy import Conditioning, Role, quiet_libraries
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
 from ray_ddpo.common.recipe.tables import SamplingTable
 
@@ -115,6 +115,7 @@ class Wan22(Wan):
             )
 
     def stochastic_steps(self, sampling: SamplingTable) -> int:
+        quiet_libraries()
         files = configuration_files(self) or self.published[self.model]
         table = flow_match_table(dict(files["scheduler"]), sampling.num_steps, sampling.eta, None, False, sampling.sde)
         levels = of_experts(table, files["model_index"]["boundary_ratio"], self.expert).noise_level
