@@ -1,5 +1,6 @@
 """Families of video: numbers of frames, steps of their schedulers, half precision, and decoding clip by clip."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories, 
 from ray_ddpo.common.input_images import InputImages
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
+from tests.accepted_page import assert_refused
 from tests.own_pipelines import own_call
 from tests.tiny_families import MAKERS, VIDEO, call_keys, given_latents, policy_table, shown, take_first_order_steps
 from tests.tiny_policy import scatter
@@ -168,3 +170,22 @@ def test_clips_are_decoded_one_by_one_and_those_without_finite_pixels_are_named(
     latents[1] = torch.nan
     clips = policy.decode(latents)
     assert policy.not_finite == (1,) and torch.equal(clips[::2], sound[::2])
+
+
+def with_key(folder: Path, file: str, **keys: Any) -> Path:
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    return folder
+
+
+def test_models_that_cannot_be_sampled_are_refused_as_documented(tmp_path: Path) -> None:
+    wan = MAKERS["wan"](tmp_path / "wan")
+    configs = {"frames of a video that the decoder does not make": config_of(("wan", wan), num_frames=6)}
+    experts = with_key(MAKERS["wan"](tmp_path / "experts"), "model_index.json", boundary_ratio=0.9)
+    configs["a Wan 2.2 with two experts, and the family of one network"] = config_of(("wan", experts))
+    noisy = with_key(MAKERS["ltx"](tmp_path / "noisy"), "vae/config.json", decoder_inject_noise=[True] + 3 * [False])
+    configs["a decoder of LTX-Video that adds noise of its own"] = config_of(("ltx", noisy))
+    for situation, config in configs.items():
+        with pytest.raises(ValueError) as refused:
+            config.check()
+        assert_refused(situation, str(refused.value))
