@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.guidance import is_shared
 from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig, select_rows
 from ray_ddpo.common.diffusion.rollout import sample_trajectories, score
@@ -62,17 +63,18 @@ def test_conditioning_has_one_row_a_prompt_and_one_for_all_of_what_is_negative(
 ) -> None:
     conditioning = policy.encode(prompts)
     for name, value in conditioning.items():
-        assert len(value) == (1 if name.startswith("negative_") else 3), name
+        assert len(value) == (1 if is_shared(name) else 3), name
         assert value.isfinite().all()
     # Without input images, an editing family takes the same black one for each prompt.
-    positive = [name for name in conditioning if not name.startswith(("negative_", "input_"))]
+    read = [name for name in conditioning if not name.startswith("input_") or "prompt" in name]
+    positive = [name for name in read if not name.startswith("negative_")]
     assert positive and not any(torch.equal(conditioning[name][0], conditioning[name][1]) for name in positive)
 
 
 def test_a_prompts_conditioning_does_not_depend_on_its_neighbours(policy: Policy, prompts: list[str]) -> None:
     together, alone = policy.encode(prompts), policy.encode(prompts[1:2])
     for name, value in alone.items():
-        assert torch.equal(value, together[name] if name.startswith("negative_") else together[name][1:2]), name
+        assert torch.equal(value, together[name] if is_shared(name) else together[name][1:2]), name
 
 
 def test_a_transition_is_a_float32_distribution_over_latents_of_the_same_shape(

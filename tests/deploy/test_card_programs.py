@@ -1,5 +1,7 @@
 """The program of a model card, run by plain diffusers, gives the images that the policy gives."""
 
+import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +17,44 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.deploy.commands.model_card.card import loading
 from tests.input_files import input_mask, input_pixels
-from tests.tiny_families import MAKERS, WITHOUT_NEGATIVE, given_latents, policy_table, save_tiny_sana, save_tiny_sd3
+from tests.own_pipelines import sizes_as_given
+from tests.tiny_families import (
+    BY_DDIM,
+    MAKERS,
+    VIDEO,
+    WITHOUT_NEGATIVE,
+    given_latents,
+    policy_table,
+    save_tiny_sd3,
+    take_first_order_steps,
+)
 from tests.tiny_policy import scatter
 
-SIZES = {"sana": (32, 32), "sd3": (8, 16)}  # as the model, or not square; others: 16 × 16
+SIZES = {"sana": (32, 32), "ltx": (32, 32), "sd3": (8, 16)}  # as the model, or not square; others: 16 × 16
 EDITED = {"image": input_pixels(0), "mask": input_mask(0).astype(np.uint8) * 255}
 
 
-def made(family: str, folder: Path) -> Path:
-    """Write a family's small model. SANA's solver takes steps of first order, as samplers do."""
-    if family == "sana":
-        return save_tiny_sana(folder, solver_order=1, algorithm_type="dpmsolver++")
-    return MAKERS[family](folder)
+def image_of(program: str, family: str, folder: Path, latents: torch.Tensor, parts: dict[str, Any]) -> np.ndarray:
+    """Run a card's program with these latents, and the LoRA in `folder`. A video's frames are along the first axis.
 
-
-def image_of(program: str, family: str, folder: Path, latents: torch.Tensor) -> np.ndarray:
-    """Run a card's program with these latents, and the LoRA in `folder`."""
+    `parts` of the pipeline are given, which cannot be loaded without torchvision. A solver of a flow takes steps of
+    first order, as samplers do.
+    """
     program = program.replace("generator=torch.Generator().manual_seed(0)", "latents=latents")
-    program = program.replace("'alice/cats'", repr(str(folder / "lora"))).replace('image.save("image.png")', "")
+    program = re.sub(r"(\w+Pipeline\.from_pretrained)\(", r"functools.partial(\1, **parts)(", program)
+    if family not in BY_DDIM:
+        program = program.replace("pipeline.to(", "first_order(family, pipeline)\npipeline.to(")
+    program, _, save = program.replace("'alice/cats'", repr(str(folder / "lora"))).rpartition("\n")
+    assert "image.png" in save or "video.mp4" in save
     for name, pixels in EDITED.items():
         Image.fromarray(pixels).save(folder / f"{name}.png")
         program = program.replace(f'"{name}.png"', repr(str(folder / f"{name}.png")))
-    names: dict[str, Any] = {"latents": given_latents(family, latents)}
-    exec(program, names)
-    return np.asarray(names["image"]).astype(int)
+    given = {"latents": given_latents(family, latents), "first_order": take_first_order_steps}
+    names: dict[str, Any] = {**given, "family": family, "functools": functools, "parts": parts}
+    with sizes_as_given((16, 16)):
+        exec(program, names)
+    made = np.asarray(names["frames" if family in VIDEO else "image"])
+    return (made if made.dtype == np.uint8 else np.rint(255 * made)).astype(int)  # Wan gives frames from 0 to 1
 
 
 def compare(family: str, folder: Path, tables: dict, **keys: Any) -> None:
@@ -59,14 +75,15 @@ def compare(family: str, folder: Path, tables: dict, **keys: Any) -> None:
     trajectory = sample_trajectories(policy, ["a cat"], [3], sampling, range(0), inputs=inputs)
     ours = policy.decode(trajectory.final_latents).numpy().astype(int)[0]
     program = loading(recipe, config, str(folder / "model"), "a cat")
-    theirs = image_of(program, family, folder, next(image_noise([3], policy.latent_shape)))
-    assert ours.shape == theirs.shape == (height, width, 3)
+    noise = next(image_noise([3], policy.latent_shape))
+    theirs = image_of(program, family, folder, noise, config.made_parts(folder / "model"))
+    assert ours.shape == theirs.shape and ours.shape[-3:] == (height, width, 3)
     assert np.abs(ours - theirs).max() <= 1 and (ours != theirs).mean() < 0.01 and theirs.std() > 5
 
 
 @pytest.mark.parametrize("family", POLICIES)
 def test_the_program_of_a_card_gives_the_policys_image(family: str, tables: dict, tmp_path: Path) -> None:
-    made(family, tmp_path / "model")
+    MAKERS[family](tmp_path / "model")
     compare(family, tmp_path, tables)
 
 

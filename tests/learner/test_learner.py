@@ -257,9 +257,8 @@ def test_a_micro_batch_that_does_not_divide_the_transitions_is_refused_at_the_st
     from tests.tiny_pipeline import save_tiny_pipeline
 
     model = save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True)  # the last of 4 steps has no noise
-    components = components_with({**tables, "policy": {**tables["policy"], "model": str(model)}})
     with pytest.raises(ValueError, match="4 images × 3 trained steps = 12 transitions, which .* = 8 does not divide"):
-        Learner(components.policy, components.algorithm, components.recipe)
+        components_with({**tables, "policy": {**tables["policy"], "model": str(model)}})
 
 
 def test_the_kl_to_the_pretrained_model_is_that_of_both_policies_transitions(tables: dict) -> None:

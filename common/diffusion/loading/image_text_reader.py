@@ -33,7 +33,9 @@ class ImageTextReader(ProcessorMixin):
 def image_text_reader(folder: Path) -> ImageTextReader:
     """Return the reader that a pipeline's folder `processor` describes."""
     images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    return ImageTextReader(images, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    return ImageTextReader(
+        images, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    )
 
 
 def image_tokens(keys: dict[str, Any], size: tuple[int, int]) -> int:

@@ -182,9 +182,9 @@ def test_rows_prepared_once_a_task_give_the_same_bits(tiny_model: Path) -> None:
 def test_only_compiled_networks_on_a_gpu_are_channels_last(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def format_of(device: str, is_compiled: bool) -> torch.memory_format:
+    def format_of(device: str, is_compiled: bool, has_frames: bool) -> torch.memory_format:
         asked.append((device, is_compiled))
-        return network_format("cuda", is_compiled)  # as on a GPU
+        return network_format("cuda", is_compiled, has_frames)  # as on a GPU
 
     monkeypatch.setattr(diffusers_policy, "network_format", format_of)
     formats = {}
