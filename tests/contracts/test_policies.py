@@ -16,6 +16,8 @@ from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import FROM_OUTSIDE, MAKERS, PROMPTS, policy_table
 from tests.tiny_policy import scatter
 
+pytestmark = pytest.mark.rotated(every=3)
+
 ALL_MAKERS = MAKERS | FROM_OUTSIDE
 LEADS_NOWHERE = {"sd3": ("transformer_blocks.1.attn.add_q_proj",)}  # the last block's text is not read any more
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)

@@ -30,6 +30,8 @@ from tests.tiny_families import (
 )
 from tests.tiny_policy import scatter
 
+pytestmark = pytest.mark.rotated(every=3)
+
 SIZES = {"sana": (32, 32), "ltx": (32, 32), "sd3": (8, 16)}  # as the model, or not square; others: 16 × 16
 EDITED = {"image": input_pixels(0), "mask": input_mask(0).astype(np.uint8) * 255}
 

@@ -17,7 +17,7 @@ from tests.own_pipelines import own_pipeline
 from tests.system.conftest import final_fingerprint
 from tests.tiny_families import MAKERS, load_lora, policy_table
 
-IN_TURNS = (pytest.mark.thorough, pytest.mark.rotated(every=2))
+IN_TURNS = (pytest.mark.thorough, pytest.mark.rotated(every=3))
 EACH_TIME = ("sd3", "flux_kontext")
 ON_RAY = [pytest.param(name, marks=pytest.mark.system if name in EACH_TIME else IN_TURNS) for name in POLICIES]
 

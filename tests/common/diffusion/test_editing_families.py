@@ -33,6 +33,8 @@ from tests.tiny_families import (
 )
 from tests.tiny_policy import scatter
 
+pytestmark = pytest.mark.rotated(every=2)
+
 SEEDS = [3, 4, 5, 6]
 
 

@@ -22,6 +22,8 @@ from tests.own_pipelines import own_call
 from tests.tiny_families import MAKERS, VIDEO, call_keys, given_latents, policy_table, shown, take_first_order_steps
 from tests.tiny_policy import scatter
 
+pytestmark = pytest.mark.rotated(every=2)
+
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
 
