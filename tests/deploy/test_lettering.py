@@ -8,7 +8,7 @@ import pytest
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
-from ray_ddpo.deploy.commands.report.images import lettering, rows_image
+from ray_ddpo.deploy.commands.report.images import in_two_lines, lettering, rows_image
 from tests.accepted_page import assert_accepted
 
 PROMPTS = ["Füchschen", "кот\nдва", "猫が好き", "قطة حمراء", "🦊🏽 fox", "costs $5 or $\\frac$", "\U000f0000 nobody's"]
@@ -47,3 +47,9 @@ def test_letters_that_must_be_joined_are_left_out_where_matplotlib_does_not_join
 ) -> None:
     monkeypatch.setattr("matplotlib.__version_info__", (3, 10, 0))
     assert lettering(["قطة", "a cat"]).texts == ("#1", "a cat")
+
+
+def test_the_end_of_a_prompt_of_two_lines_is_written() -> None:
+    assert in_two_lines('a sign that says "BY"') == 'a sign that says\n"BY"'
+    assert in_two_lines("a cat") == "a cat"
+    assert in_two_lines("one two three four five six seven eight nine ten") == "one two three four\nfive six seven…"

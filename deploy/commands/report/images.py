@@ -3,6 +3,7 @@
 Prompts are written with the fonts of this machine, or as a number if no font has their letters; never as boxes.
 """
 
+import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ PLACEHOLDERS = (
 )  # fonts that cover characters without shapes for them
 VARIATIONS = str.maketrans("", "", "\ufe0e\ufe0f")  # ask for an emoji's other form, which no outline font has
 SHAPED_SINCE = (3, 11)  # of matplotlib: before it, letters stand one by one from left to right
+
+LINE = 18  # letters that fit above an image
 
 ImageRow = tuple[str, list[ImageOrClip], str]  # label, images, the label's color
 
@@ -91,7 +94,13 @@ def shown_input(comparison: EvalComparison, index: int) -> UInt8[np.ndarray, "H 
 
 def _write_above(axis: Any, written: Lettering, index: int) -> None:
     # parse_math=False: a prompt may have dollar signs, and is no formula.
-    axis.set_title(written.texts[index][:18], fontsize=8, pad=2, parse_math=False, family=list(written.families))
+    title = in_two_lines(written.texts[index])
+    axis.set_title(title, fontsize=8, pad=2, parse_math=False, family=list(written.families))
+
+
+def in_two_lines(text: str) -> str:
+    """Return a text in at most two lines of 18 letters, with an ellipsis if it is longer."""
+    return "\n".join(textwrap.wrap(text, LINE, max_lines=2, placeholder="…"))
 
 
 def versions_image(log: EvalLog, shown: list[dict[str, Any]], path: Path) -> None:
