@@ -38,6 +38,7 @@ SOLVER_PIPELINES = ("SanaPipeline", *WAN_PIPELINES)  # of flows whose scheduler 
 FLOW_PIPELINES = (*SHIFTED_PIPELINES, *NORMALIZED_PIPELINES, *BATCH_NORMALIZED, "SanaPipeline", LTX_PIPELINE)
 INPAINTING = "StableDiffusionInpaintPipeline"  # its network reads the mask and the masked image's latents as well
 DDIM_PIPELINES = ("StableDiffusionPipeline", INPAINTING, "StableDiffusionXLPipeline", "PixArtSigmaPipeline")
+PATCH_KEYS = ("patch_size", "temporal_patch_size")  # of an image processor and of the encoder of its images
 PIPELINES = (*DDIM_PIPELINES, *FLOW_PIPELINES)  # pipelines that are checked here
 DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent keys
     "unet": {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280},
@@ -212,6 +213,7 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     if config.network_name in parts and all(name in parts for name in config.text_parts):
         yield from _width_faults(config, parts)
     yield from _length_faults(config, parts)
+    yield from _image_reader_faults(config)
 
 
 def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
@@ -353,3 +355,16 @@ def _sample_size_faults(file: str, network: Mapping[str, Any]) -> Iterator[str]:
     sides = [size] * 2 if not isinstance(size, list | tuple) else list(size)
     if size is not None and (len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides)):
         yield f"{file} has sample_size={size!r}: it must be a whole number above 0, or [height, width] of such"
+
+
+def _image_reader_faults(config: "DiffusersConfig") -> Iterator[str]:
+    """Yield keys of an image processor with which the language model cannot read its images."""
+    if "processor" not in config.tokenizers:
+        return
+    folder, file, encoder = config.folder(), "processor/preprocessor_config.json", "text_encoder/config.json"
+    reader, vision = _read(folder / file), _read(folder / encoder).get("vision_config") or {}
+    if reader.get("do_resize") is False:
+        yield f"{file} has do_resize=False: an image must have sides of complete patches; it must be true"
+    for key, own in {"merge_size": "spatial_merge_size", **{key: key for key in PATCH_KEYS}}.items():
+        if key in reader and own in vision and reader[key] != vision[own]:
+            yield f"{file} has {key}={reader[key]!r}, and {encoder} vision_config.{own}={vision[own]!r}: give one value"

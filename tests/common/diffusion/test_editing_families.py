@@ -1,5 +1,6 @@
 """Editing families compared with diffusers' own pipelines, on input images, masks and several sizes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,12 @@ def test_inpainting_encodes_the_mode_of_what_is_outside_the_mask(tmp_path: Path)
         expected = vae.encode(kept).latent_dist.mode() * vae.config.scaling_factor
     torch.testing.assert_close(rows["input_latents"], expected, rtol=1e-4, atol=1e-5)
     assert rows["input_mask"].shape == (4, 1, 8, 8) and set(rows["input_mask"].unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(("key", "value"), [("merge_size", 1), ("patch_size", 7), ("do_resize", False)])
+def test_an_image_processor_that_does_not_fit_the_encoder_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    model = MAKERS["qwen_image_edit"](tmp_path)
+    file = model / "processor" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=f"processor/preprocessor_config.json has {key}={value}"):
+        build(POLICIES, policy_table("qwen_image_edit", model), "policy").check()
