@@ -63,12 +63,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def waiting_cases(items: Iterable[pytest.Item], turn: int) -> set[pytest.Item]:
-    """Return the cases of rotated tests that wait for another turn. In every turn each test has a case."""
+    """Return the cases of rotated tests that wait for another turn.
+
+    In every turn each test has a case. Tests of one `group` are the cases of one test.
+    """
     cases: dict[tuple[str, bool], list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("rotated"):
-            test = item.nodeid.partition("[")[0], bool(item.get_closest_marker("thorough"))
-            cases.setdefault(test, []).append(item)
+        if marker := item.get_closest_marker("rotated"):
+            test = marker.kwargs.get("group", item.nodeid.partition("[")[0])
+            cases.setdefault((test, bool(item.get_closest_marker("thorough"))), []).append(item)
     waiting: set[pytest.Item] = set()
     for each in cases.values():
         (marker,) = each[0].iter_markers("rotated")

@@ -152,6 +152,7 @@ def test_the_example_is_pretrained_trained_reported_and_sampled(
         pass
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_the_pages_commands_run_as_they_stand_and_ink_increases(beside_the_example: Path, cluster_folder: str) -> None:
     (block,) = [block for block in blocks(PAGE, "bash") if block.startswith("cd docs/digits\n")]

@@ -36,3 +36,12 @@ def test_thorough_cases_have_turns_of_their_own(request: pytest.FixtureRequest) 
     for item in items[2:]:
         item.add_marker(pytest.mark.thorough)
     assert [item.name for item in items if item not in waiting_cases(items, 1)] == ["both[1]", "both[3]"]
+
+
+def test_tests_of_a_group_take_turns_with_each_other(request: pytest.FixtureRequest) -> None:
+    module = request.node.getparent(pytest.Module)
+    items = [item for name in ("one", "two", "three") for item in items_of(module, name, 1, None)]
+    for item in items:
+        item.add_marker(pytest.mark.rotated(every=2, group="longest"))
+    turns = [[item.name for item in items if item not in waiting_cases(items, turn)] for turn in range(2)]
+    assert turns == [["one[0]", "three[0]"], ["two[0]"]]

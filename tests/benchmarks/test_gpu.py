@@ -59,6 +59,7 @@ def test_costs_shares_and_ratios_by_hand(tmp_path: Path) -> None:
     assert "at the matrix rate 1.00 and 3.00 ms" in page
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_every_section_but_trls_runs_on_a_cpu_without_ray(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['ray'] = None\n")

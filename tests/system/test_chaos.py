@@ -13,6 +13,7 @@ SUSPENDED_SECONDS = 6.0
 ROUNDS = 4
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_whatever_process_is_killed_or_suspended_a_run_arrives_at_the_same_bits(tables: dict, tmp_path: Path) -> None:
     seed = int(os.environ.get("DDPO_CHAOS_SEED", SEED))

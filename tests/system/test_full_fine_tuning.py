@@ -52,6 +52,7 @@ def trained(folder: Path, *options: str) -> tuple[dict, list[str]]:
     return last["scores"]["reward"], out_of_bounds(before, after)
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_the_held_out_reward_rises_and_images_are_not_dark_flat_or_all_alike(tmp_path: Path) -> None:
     reward, outside = trained(tmp_path)
     assert reward["change"] > 2 * reward["standard_error"]

@@ -14,6 +14,7 @@ from tests.system.conftest import final_fingerprint
 from tests.system.drivers import Driver, committed_fingerprint
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_metadata_of_a_file_reaches_rewards_on_ray_and_after_a_resume(
     tables: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

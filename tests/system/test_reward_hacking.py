@@ -14,6 +14,7 @@ pytestmark = pytest.mark.thorough
 GUARD = Path(__file__).parents[2] / "deploy" / "recipes" / "tiny" / "guard.toml"
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_dark_images_raise_an_alarm_and_the_better_version_is_kept(tmp_path: Path) -> None:
     """The recipe as it stands, evaluated half as often: it takes minutes."""
     recipe = Recipe.load(GUARD, ["--evaluation.every", "4", "--output_dir", str(tmp_path)])
