@@ -214,6 +214,7 @@ class PolicyConfig(Component, ABC):
     reads_inputs: ClassVar[tuple[str, ...]] = ()  # as the policy's
     denoises_unguided: ClassVar[bool] = False  # whether the policy's `denoise` honours `guides_denoising`
     takes_sde: ClassVar[bool] = False  # whether its schedule is a flow that takes `sampling.sde`
+    has_frames: ClassVar[bool] = False  # whether it makes videos, which a sampler decodes one by one
     takes_sampler_storage: ClassVar[bool] = False  # whether a sampler's policy honours the key `sampler_storage`
 
     model: str

@@ -19,7 +19,6 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.schedule import sde_window_of_round
 from ray_ddpo.deploy.commands.replay import kept_weights, sampled_again
 from ray_ddpo.deploy.commands.weights.given_base import check_base
-from ray_ddpo.deploy.driver.clip_checks import makes_clips
 from ray_ddpo.deploy.driver.components import SAMPLING, build_components, components_of
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.learner.algorithms import ALGORITHMS
@@ -55,7 +54,7 @@ def write_file(run: str, output: str) -> str:
         raise ValueError(
             f"the run {run} has prompts.images_per_prompt = {group}: a pair needs at least 2 images of a prompt"
         )
-    if makes_clips(components_of(recipe, trains=False).policy):
+    if components_of(recipe, trains=False).policy.has_frames:
         raise ValueError(f"the run {run} has clips, and a preference file has images: take a run of a family of images")
     preferences, left_out = _preferences_of_run(folder, recipe)
     if not preferences:

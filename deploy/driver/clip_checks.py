@@ -11,14 +11,9 @@ from ray_ddpo.common.video_files import PACKAGE
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 
 
-def makes_clips(policy: PolicyConfig) -> bool:
-    """Return whether the family is one of video."""
-    return hasattr(policy, "num_frames")
-
-
 def check_video_package(policy: PolicyConfig) -> None:
     """Raise ValueError if the family makes clips, and the package that writes their files is not installed."""
-    if makes_clips(policy):
+    if policy.has_frames:
         require_packages("the recipe's policy, a family of video,", PACKAGE)
 
 
@@ -36,10 +31,10 @@ def check_clips(recipe: Recipe, policy: PolicyConfig, algorithm: Algorithm, rewa
             needs the gradient of a clip's reward.
     """
     frames: int = getattr(policy, "num_frames", 1)
-    made = f"policy.num_frames is {frames}" if makes_clips(policy) else f"{type(policy).__name__} makes images"
+    made = f"policy.num_frames is {frames}" if policy.has_frames else f"{type(policy).__name__} makes images"
     for table in (*recipe.all_rewards, *recipe.evaluation.scorers):
-        _check_reward(table, rewards[table.called], made, frames if makes_clips(policy) else 0)
-    if makes_clips(policy) and algorithm.restarts_per_image is not None:
+        _check_reward(table, rewards[table.called], made, frames if policy.has_frames else 0)
+    if policy.has_frames and algorithm.restarts_per_image is not None:
         raise ValueError(
             f"algorithm.name is {recipe.algorithm.name!r}, which needs the gradient of the reward, and {made}: gradients "
             "are of images only; take an algorithm without, such as grpo"

@@ -208,9 +208,9 @@ class EvalRunner:
         """Wait for the tasks of one variant; None if images were lost with their node."""
         indices = range(tasks[0].index, tasks[-1].index + 1)
         rollouts = self._stream.collect(tasks[0].round, indices, Stream.EVALUATION)
-        images = [self._stream.images(rollout) for rollout in rollouts]
-        pixels = [batch.pixels for batch in images if batch is not None]
-        if len(pixels) < len(rollouts):
+        found = [self._stream.images(rollout) for rollout in rollouts]
+        batches = [batch for batch in found if batch is not None]
+        if len(batches) < len(rollouts):
             return None
         scores = {
             name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts]).astype(np.float64)
@@ -221,7 +221,7 @@ class EvalRunner:
         missing = [row in report.dropped for report in reports for row in range(len(report.task.seeds))]
         without_image = frozenset(row for row, is_missing in enumerate(missing) if is_missing)
         usage = summed_usage([rollout.scores.usage for rollout in rollouts])
-        of_all, rate = np.concatenate(pixels), images[0].frame_rate if images[0] else None
+        of_all, rate = np.concatenate([batch.pixels for batch in batches]), batches[0].frame_rate
         return EvalResult(self._eval_set.prompts, self._eval_set.seeds, scores, of_all, without_image, usage, rate)
 
 

@@ -1,6 +1,5 @@
 """Qwen-Image (Wu et al. 2025, arXiv 2508.02324) and Qwen-Image-Edit: a transformer over a language model's states."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from ray_ddpo.common.diffusion.editing_policy import EditingPolicy, joined_rows
 from ray_ddpo.common.diffusion.families.masked_text import MaskedTextPolicy, masked_rows
+from ray_ddpo.common.diffusion.families.normalized_latents import NormalizedLatentsPolicy
 from ray_ddpo.common.diffusion.families.packing import PATCH, packed, unpacked
 from ray_ddpo.common.diffusion.families.published_parts import BOTH_STREAMS, QWEN_25_VL_7B
 from ray_ddpo.common.diffusion.guidance import INPUT, NEGATIVE
@@ -88,7 +88,7 @@ def with_norm_of_conditional(
     return unpacked(guided * (norm / guided.norm(dim=-1, keepdim=True)), *conditional.shape[-2:])
 
 
-class QwenImagePolicy(MaskedTextPolicy):
+class QwenImagePolicy(MaskedTextPolicy, NormalizedLatentsPolicy):
     """A loaded QwenImagePipeline. Latents are stored unpacked and without the axis of frames."""
 
     config: "QwenImageFamily"
@@ -107,19 +107,6 @@ class QwenImagePolicy(MaskedTextPolicy):
 
     def _combined(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
         return with_norm_of_conditional(unconditional, conditional, guidance_scale)
-
-    def _statistics(self, like: Tensor) -> Iterator[Tensor]:
-        """Yield mean and standard deviation of the latents' channels."""
-        for values in (self.vae.config.latents_mean, self.vae.config.latents_std):
-            yield torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1)
-
-    def _unscaled(self, latents: Tensor) -> Tensor:
-        mean, deviation = self._statistics(latents)
-        return latents / (1.0 / deviation) + mean  # rounded as the pipeline does
-
-    def _scaled(self, latents: Tensor) -> Tensor:
-        mean, deviation = self._statistics(latents)
-        return (latents - mean) * (1.0 / deviation)
 
 
 class QwenImageFamily(DiffusersConfig):

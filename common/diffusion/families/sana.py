@@ -116,11 +116,8 @@ class Sana(DiffusersConfig):
         return {"text_encoder": ("Gemma2Config", "Gemma2Model")}
 
     def pipeline_arguments(self, sampling: SamplingTable, size: tuple[int, int]) -> dict[str, Any]:
-        own = {
-            "height": size[0],
-            "width": size[1],
-            "use_resolution_binning": False,
-        }  # by default 1024 × 1024, whatever the model
+        # By default 1024 × 1024 pixels, whatever the model.
+        own = {"height": size[0], "width": size[1], "use_resolution_binning": False}
         return super().pipeline_arguments(sampling, size) | own
 
     @property

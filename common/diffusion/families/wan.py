@@ -1,14 +1,13 @@
 """Wan 2.1 (Wan Team 2025, arXiv 2503.20314): a transformer over frames with a multilingual T5, and flow matching."""
 
 import math
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.families.normalized_latents import NormalizedLatentsPolicy
 from ray_ddpo.common.diffusion.families.published_parts import WIDE_ADAPTERS
 from ray_ddpo.common.diffusion.families.video import VideoConfig, VideoPolicy
 from ray_ddpo.common.diffusion.families.wan_published import WAN_21_1_3B, WAN_21_14B, WAN_22_5B
@@ -25,7 +24,7 @@ def call_transformer(network: Any, latents: Tensor, timesteps: Tensor, prompt_em
     return network(hidden_states=latents, timestep=timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
 
 
-class WanPolicy(VideoPolicy):
+class WanPolicy(VideoPolicy, NormalizedLatentsPolicy):
     """A loaded WanPipeline."""
 
     config: "Wan"
@@ -33,19 +32,6 @@ class WanPolicy(VideoPolicy):
 
     def _table(self, sampling: SamplingTable) -> FlowMatchTable:
         return self._solver_table(sampling)
-
-    def _statistics(self, like: Tensor) -> Iterator[Tensor]:
-        """Yield mean and standard deviation of the latents' channels."""
-        for values in (self.vae.config.latents_mean, self.vae.config.latents_std):
-            yield torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
-
-    def _unscaled(self, latents: Tensor) -> Tensor:
-        mean, deviation = self._statistics(latents)
-        return latents / (1.0 / deviation) + mean  # rounded as the pipeline does
-
-    def _scaled(self, latents: Tensor) -> Tensor:
-        mean, deviation = self._statistics(latents)
-        return (latents - mean) * (1.0 / deviation)
 
 
 class Wan(VideoConfig):

@@ -54,7 +54,6 @@ class DiffusersConfig(PolicyConfig):
     takes_images: ClassVar[bool] = True
     denoises_unguided: ClassVar[bool] = True
     takes_sampler_storage: ClassVar[bool] = True
-    has_frames: ClassVar[bool] = False  # whether it makes videos, which a sampler decodes one by one
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
     resolution: int | None = Field(default=None, ge=8, le=LARGEST_SIDE, multiple_of=8)

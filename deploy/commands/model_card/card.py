@@ -11,7 +11,6 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCard
 
-from ray_ddpo.common.diffusion.families.video import VideoConfig
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.single_file import names_a_file
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
@@ -91,7 +90,7 @@ def _context(run: Published) -> dict[str, Any]:
         "facts": _facts(run),
         "rewards": _rewards(recipe, run.stats["scorers"]),
         "stats": run.stats,
-        "made": "clips" if isinstance(run.policy, VideoConfig) else "images",
+        "made": "clips" if run.policy.has_frames else "images",
         "guard": _guard(run),
         "alarms": alarm_rows(evaluated_versions(run.folder)),
         "recipe_text": run.recipe_text.strip(),
@@ -187,7 +186,7 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
     names = [policy.pipeline_class, *([policy.network_class] if full else [])]
     names += [policy.scheduler_class] if policy.scheduler_class else []
     lines = ["import torch", f"from diffusers import {', '.join(sorted(names))}"]
-    lines += ["from diffusers.utils import export_to_video"] if isinstance(policy, VideoConfig) else []
+    lines += ["from diffusers.utils import export_to_video"] if policy.has_frames else []
     lines += ["from PIL import Image  # of the size of the output", ""] if policy.reads_inputs else [""]
     network = ""
     if full:
@@ -225,9 +224,10 @@ def _sampling_lines(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> lis
     if policy.scheduler_class:  # pipelines of flow models add no noise
         keys.append(f"eta={0.0 if sampling.deterministic else sampling.eta}")
     made, attribute, save = "image", "images", 'image.save("image.png")'
-    if isinstance(policy, VideoConfig):
+    if policy.has_frames:
+        video: Any = policy  # whose keys have the frame rate
         made, attribute = "frames", "frames"
-        save = f'export_to_video(frames, "video.mp4", fps={policy.frame_rate:g})'
+        save = f'export_to_video(frames, "video.mp4", fps={video.frame_rate:g})'
     return [
         f"{made} = pipeline(",
         f"    {', '.join(keys)},",
