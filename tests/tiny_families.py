@@ -15,7 +15,15 @@ from tests.tiny_language_models import tiny_chat_tokenizer, tiny_qwen3
 from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
 from tests.tiny_qwen_image import save_tiny_qwen_image, save_tiny_qwen_image_edit, save_tiny_qwen_image_edit_plus
 from tests.tiny_text_to_image import save_tiny_pixart_sigma, save_tiny_sana, tiny_t5, tiny_t5_tokenizer
-from tests.tiny_video import FRAMES, save_tiny_ltx, save_tiny_wan, save_tiny_wan22, save_tiny_wan_i2v
+from tests.tiny_video import (
+    FRAMES,
+    save_tiny_ltx,
+    save_tiny_wan,
+    save_tiny_wan22,
+    save_tiny_wan22_i2v,
+    save_tiny_wan_i2v,
+    save_tiny_wan_ti2v,
+)
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
@@ -219,6 +227,8 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "wan22": save_tiny_wan22,
     "ltx": save_tiny_ltx,
     "wan_i2v": save_tiny_wan_i2v,
+    "wan22_i2v": save_tiny_wan22_i2v,
+    "wan_ti2v": save_tiny_wan_ti2v,
 }
 FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has them
     "digits:Digits": save_tiny_digits,
@@ -249,7 +259,9 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
     "z_image": {"max_sequence_length": 38, "resolution": 16},
     "pixart_sigma": {"max_sequence_length": 12},
     "sana": {"max_sequence_length": 14},
-    **dict.fromkeys(("wan", "wan22"), {"max_sequence_length": 12, "resolution": 16, "num_frames": FRAMES}),
+    **dict.fromkeys(
+        ("wan", "wan22", "wan22_i2v", "wan_ti2v"), {"max_sequence_length": 12, "resolution": 16, "num_frames": FRAMES}
+    ),
     "wan_i2v": {"resolution": 16, "num_frames": FRAMES},
     "ltx": {"max_sequence_length": 12, "resolution": 32, "num_frames": FRAMES},
 }
@@ -259,7 +271,8 @@ SAFETY_CHECKED = ("stable_diffusion", "sd_inpainting")  # families whose pipelin
 BY_DDIM = (*SAFETY_CHECKED, "sdxl", "pixart_sigma")  # families that step by DDIM
 PACKED = ("flux", "flux_kontext", *QWEN_IMAGE)  # families whose pipelines take and give tokens instead of latents
 UNGUIDED = ("flux", "flux_kontext", "flux2", "flux2_edit")  # families whose guidance is an input of the network
-VIDEO = ("wan", "wan22", "ltx", "wan_i2v")
+FROM_IMAGES = ("wan_i2v", "wan22_i2v", "wan_ti2v")
+VIDEO = ("wan", "wan22", "ltx", *FROM_IMAGES)
 WITHOUT_NEGATIVE = (*UNGUIDED, "flux2_klein", "flux2_klein_edit")  # families whose pipelines take no negative prompt
 
 
@@ -269,7 +282,7 @@ def image_keys(name: str, image: Image.Image) -> dict[str, Any]:
         return {"image": image, "mask_image": Image.new("L", image.size, 255)}
     if name == "flux_kontext":
         return {"image": image, "max_area": image.width * image.height, "_auto_resize": False}
-    return {"image": image} if name in (*EDITING, "wan_i2v") else {}
+    return {"image": image} if name in (*EDITING, *FROM_IMAGES) else {}
 
 
 def given_latents(name: str, latents: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,12 @@ from tests.tiny_text_to_image import tiny_t5, tiny_t5_tokenizer
 FRAMES = 5  # two frames of latents: the first one, and the next four
 
 
-def save_tiny_wan(folder: Path, seed: int = 0, boundary_ratio: float | None = None, **scheduler: object) -> Path:
+def save_tiny_wan(
+    folder: Path, seed: int = 0, boundary_ratio: float | None = None, per_token: bool = False, **scheduler: object
+) -> Path:
     """Write the pipeline. `scheduler` changes the published configuration, of a solver on a flow's noise levels.
 
-    With a `boundary_ratio` it has two experts.
+    With a `boundary_ratio` it has two experts. If `per_token`, each token gets a timestep.
     """
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
@@ -23,6 +25,7 @@ def save_tiny_wan(folder: Path, seed: int = 0, boundary_ratio: float | None = No
         transformer=_transformer(),
         transformer_2=None if boundary_ratio is None else _transformer(),
         boundary_ratio=boundary_ratio,
+        expand_timesteps=per_token,
         scheduler=UniPCMultistepScheduler(**keys),
         vae=AutoencoderKLWan(**WAN_DECODER),
         text_encoder=_umt5(32),
@@ -36,27 +39,54 @@ def save_tiny_wan22(folder: Path, seed: int = 0, **scheduler: object) -> Path:
     return save_tiny_wan(folder, seed, 0.7, **scheduler)
 
 
+def save_tiny_wan_ti2v(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write the pipeline of one network that may take a timestep for each token, as it is published: of text to video."""
+    _clean_prompts_without_ftfy()
+    return save_tiny_wan(folder, seed, None, True, **scheduler)
+
+
 def save_tiny_wan_i2v(folder: Path, seed: int = 0, **scheduler: object) -> Path:
     """Write the pipeline. `scheduler` changes the published configuration, as for text to video."""
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline
-    from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-    pipeline_wan_i2v.prompt_clean = pipeline_wan.prompt_clean  # its own fails where ftfy is not installed
     torch.manual_seed(seed)
-    keys: Any = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, **scheduler}
     vision: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     size = {"height": 8, "width": 8}
+    parts = {
+        "transformer": _transformer(in_channels=12, image_dim=16, added_kv_proj_dim=24),
+        "image_encoder": CLIPVisionModel(CLIPVisionConfig(**vision, image_size=8, patch_size=4)),
+        "image_processor": CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=size),
+    }
+    return _save_from_images(folder, parts, 512, scheduler)
+
+
+def save_tiny_wan22_i2v(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write the pipeline with two experts and without image encoder."""
+    torch.manual_seed(seed)
+    parts = {part: _transformer(in_channels=12) for part in ("transformer", "transformer_2")}
+    return _save_from_images(folder, parts | {"boundary_ratio": 0.7}, 226, scheduler)
+
+
+def _save_from_images(folder: Path, parts: dict[str, Any], tokens: int, scheduler: dict[str, Any]) -> Path:
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline
+
+    _clean_prompts_without_ftfy()
+    keys: Any = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, **scheduler}
     WanImageToVideoPipeline(
-        transformer=_transformer(in_channels=12, image_dim=16, added_kv_proj_dim=24),
+        **parts,
         scheduler=UniPCMultistepScheduler(**keys),
         vae=AutoencoderKLWan(**WAN_DECODER),
         text_encoder=_umt5(32),
-        tokenizer=tiny_t5_tokenizer(512),
-        image_encoder=CLIPVisionModel(CLIPVisionConfig(**vision, image_size=8, patch_size=4)),
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=size),
+        tokenizer=tiny_t5_tokenizer(tokens),
     ).save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def _clean_prompts_without_ftfy() -> None:
+    """Let the pipeline from images clean prompts as that of text to video does: its own way needs ftfy."""
+    from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
+
+    pipeline_wan_i2v.prompt_clean = pipeline_wan.prompt_clean
 
 
 def _transformer(in_channels: int = 4, **keys: Any) -> Any:

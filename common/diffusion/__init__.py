@@ -23,4 +23,6 @@ POLICIES: Registry = {
     "wan22": "ray_ddpo.common.diffusion.families.wan22:Wan22",
     "ltx": "ray_ddpo.common.diffusion.families.ltx:LTX",
     "wan_i2v": "ray_ddpo.common.diffusion.families.wan_i2v:WanImage",
+    "wan22_i2v": "ray_ddpo.common.diffusion.families.wan22_i2v:Wan22Image",
+    "wan_ti2v": "ray_ddpo.common.diffusion.families.wan_ti2v:WanTextImage",
 }

@@ -16,7 +16,12 @@ from ray_ddpo.common.diffusion.graphed import CudaRecorder, GraphedNetwork, Reco
 from ray_ddpo.common.diffusion.guidance import extrapolated, guided, join_branches
 from ray_ddpo.common.diffusion.host_loading import has_unread, loads_on_host
 from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters, compute_adapters_in
-from ray_ddpo.common.diffusion.lora.diffusers_format import load_any_lora, loadable_encoders, save_for_peft
+from ray_ddpo.common.diffusion.lora.diffusers_format import (
+    load_any_lora,
+    loadable_encoders,
+    save_for_peft,
+    save_for_second_network,
+)
 from ray_ddpo.common.diffusion.lora.files import LoraFile
 from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.network_storage import network_format, store_in_dtype
@@ -301,6 +306,8 @@ class DiffusersPolicy(Policy):
         path = save_trained(self.network, self.config.train, self.config.lora, folder, self.config.network_name)
         if self.config.train == "lora" and not self.config.takes_diffusers_lora:
             save_for_peft(path)
+        if self.config.joined_parts:
+            save_for_second_network(path)
         return path
 
     def restore(self, path: Path) -> None:

@@ -104,6 +104,10 @@ class Policy(OptionalMethods, ABC):
         """Return the latents where a trajectory starts. In most families this is the standard normal `noise` itself."""
         return noise
 
+    def finished(self, latents: Float[Tensor, "B C *S"], conditioning: Conditioning) -> Float[Tensor, "B C *S"]:
+        """Return the latents of an image after its last step. In most families these are the latents themselves."""
+        return latents
+
     def text_readers(self) -> list[TextReader]:
         """Return the readers of the text encoders, which find prompts that are too long; empty if unknown."""
         return []
@@ -284,6 +288,11 @@ class PolicyConfig(Component, ABC):
 
     def _lora_path(self) -> str | None:
         return getattr(getattr(self, "lora", None), "path", None)
+
+    @property
+    def alternates_networks(self) -> bool:
+        """Return whether it trains several networks, of which a transition needs only one."""
+        return False
 
     def lora_files(self) -> tuple[Weights, ...]:
         """Return the files of the LoRA that training starts from. Raise ValueError if they do not exist."""

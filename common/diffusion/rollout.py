@@ -100,7 +100,8 @@ def sample_trajectories(
     if sampling.deterministic and window != range(0):
         *fields, sequence = _without_noise(steps, latents, rows, next(noise))
         starts = _starts(sampling, seeds, torch.stack(sequence, dim=1))
-        return Trajectory(conditioning, prompt_index, *fields, *starts)
+        final = policy.finished(fields.pop(), rows)
+        return Trajectory(conditioning, prompt_index, *fields, final, *starts)
     if prefix is not None and window is not None:
         before = range(window.start)
         latents, first = _prefix_latents(policy, steps, selected, prefix, before, latents_dtype), window.start
@@ -118,7 +119,8 @@ def sample_trajectories(
     taken = to_device(trained - first, policy.device)  # index into the steps that were kept
     fields = trained, all_log_probs.gather(1, taken), *_latents_of(all_latents, trained - first, taken)
     starts = _starts(sampling, seeds, all_latents)
-    return Trajectory(conditioning, prompt_index, *fields, all_latents[:, -1], *starts)
+    final = policy.finished(all_latents[:, -1], rows)
+    return Trajectory(conditioning, prompt_index, *fields, final, *starts)
 
 
 def inputs_of(policy: Policy, prompts: Sequence[Prompt]) -> InputImages | None:

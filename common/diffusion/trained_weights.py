@@ -14,7 +14,7 @@ from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, load_lora, sav
 from ray_ddpo.common.diffusion.lora.files import read_lora_file
 from ray_ddpo.common.model_files.file_faults import refuse_not_finite
 from ray_ddpo.common.model_files.pretrained import weights_fault
-from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS, network_folder
+from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS, network_folder, stored_name
 from ray_ddpo.common.policy_weights import Manifest, PolicyWeights, pack
 from ray_ddpo.common.reading import reading
 from ray_ddpo.common.run_storage.reading import read_json
@@ -79,7 +79,7 @@ def stored_weights(path: Path, manifest: Manifest, policy_version: int) -> Polic
         arrays = {name: value.float().numpy() for name, value in trained_tensors(file).items()}
         # PEFT's names in the network contain the adapter's name, diffusers' files do not.
         part = file.part
-        names = {name: f"{part}.{re.sub(r'[.]default(?=[.]|$)', '', name)}" for name, _ in manifest}
+        names = {name: stored_name(part, re.sub(r"[.]default(?=[.]|$)", "", name)) for name, _ in manifest}
     lacking = sorted(set(names.values()) - arrays.keys())
     if lacking:
         raise ValueError(f"the weights in {path} lack {lacking[:3]}: they are not those of this run")

@@ -8,7 +8,7 @@ from pathlib import Path
 import tomli_w
 
 from ray_ddpo.actors.evaluation.eval_set import build_eval_set
-from ray_ddpo.common.diffusion.lora.files import FILE_NAME, PEFT_CONFIG, PEFT_NAME
+from ray_ddpo.common.diffusion.lora.files import FILE_NAME, PEFT_CONFIG, PEFT_NAME, SECOND_NAME
 from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.recipe.recipe import Recipe
@@ -121,7 +121,6 @@ def _weights(path: Path) -> Files:
     network = network_folder(path)
     if network:
         return {f"{network.name}/{file.name}": file for file in sorted(network.iterdir())}
-    of_peft = {
-        name: path / "lora" / name for name in (PEFT_NAME, PEFT_CONFIG)
-    }  # of networks that diffusers loads none into
-    return {FILE_NAME: path / "lora" / FILE_NAME, **{name: file for name, file in of_peft.items() if file.is_file()}}
+    # Of networks that diffusers loads no LoRA into, and of a second network.
+    others = {name: path / "lora" / name for name in (PEFT_NAME, PEFT_CONFIG, SECOND_NAME)}
+    return {FILE_NAME: path / "lora" / FILE_NAME, **{name: file for name, file in others.items() if file.is_file()}}

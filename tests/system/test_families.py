@@ -74,6 +74,27 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_its_lora_loads_in_diffusers(
     assert sum("lora_B" in name for name, _ in network.named_parameters()) == sum("lora_B" in name for name in learned)
 
 
+@pytest.mark.thorough
+@pytest.mark.rotated(every=3)
+@pytest.mark.parametrize("family", ["wan22", "wan22_i2v"])
+def test_both_experts_learn_and_a_run_resumed_on_ray_arrives_at_the_bits_of_one_process(
+    family: str, tables: dict, tmp_path: Path, cluster: None
+) -> None:
+    def recipe(name: str, **changes: Any) -> Recipe:
+        policy = policy_table(family, tmp_path / family, expert="both")
+        return recipe_of(tables, tmp_path, family, name=name, policy=policy, **changes)
+
+    whole = final_fingerprint(recipe("whole"), serial=True)
+    checkpoint = {"every": 1, "keep": 2}
+    run_training(recipe("parts", rounds=1, checkpoint=checkpoint), serial=True)
+    resumed = recipe("parts", checkpoint=checkpoint, samplers={"count": 2})
+    assert final_fingerprint(resumed, resume=True) == whole
+    learned = load_file(Path(resumed.run_path()) / "lora" / "pytorch_lora_weights.safetensors")
+    for part in ("transformer", "transformer_2"):
+        adapters = [value for name, value in learned.items() if name.startswith(f"{part}.") and "lora_B" in name]
+        assert adapters and all(np.abs(value).max() > 0 for value in adapters)
+
+
 @pytest.mark.parametrize("family", thorough_but("sd3"))
 def test_full_fine_tuning_learns_and_resumes_to_the_same_bits(family: str, tables: dict, tmp_path: Path) -> None:
     tables = {**tables, "learner": {**tables["learner"], "learning_rate": 1e-4}, "checkpoint": {"every": 1, "keep": 2}}

@@ -1,4 +1,4 @@
-"""Wan 2.2 with two experts (Wan Team 2025): one network for high noise and one for low noise, of which one is trained."""
+"""Wan 2.2 with two experts (Wan Team 2025): a network for high noise and one for low noise. One or both are trained."""
 
 import functools
 from dataclasses import replace
@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
+from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from ray_ddpo.common.diffusion.families.wan import Wan, WanPolicy
 from ray_ddpo.common.diffusion.families.wan_published import WAN_22_A14B
 from ray_ddpo.common.diffusion.guidance import BOTH, guided
@@ -18,14 +18,24 @@ from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.network_storage import convert_weights
 from ray_ddpo.common.diffusion.policy import Conditioning, Role, quiet_libraries
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
+from ray_ddpo.common.model_files.weight_files import SECOND_PART
 from ray_ddpo.common.recipe.tables import SamplingTable
 
-PARTS = {"high_noise": "transformer", "low_noise": "transformer_2"}
-Expert = Literal["high_noise", "low_noise"]
+PARTS = {"high_noise": "transformer", "low_noise": SECOND_PART}
+Expert = Literal["high_noise", "low_noise", "both"]
+
+
+def call_expert(
+    call: NetworkCall, network: Any, latents: Tensor, timesteps: Tensor, low_noise: Tensor | None = None, **rows: Tensor
+) -> Tensor:
+    """Call the second of two networks if there is a mark for low noise, else the first."""
+    return call(network if low_noise is None else network.transformer_2, latents, timesteps, **rows)
 
 
 def of_experts(table: FlowMatchTable, boundary_ratio: float, expert: Expert) -> FlowMatchTable:
-    """Return the steps with noise in those of one expert only, because the other expert's steps are not trained on."""
+    """Return the steps with noise in those of the trained experts only, because the others are not trained on."""
+    if expert == "both":
+        return table
     mine = is_high(table.timesteps, boundary_ratio, table) == (expert == "high_noise")
     return replace(table, noise_level=table.noise_level * mine)
 
@@ -35,17 +45,16 @@ def is_high(timesteps: Float[Tensor, "B"], boundary_ratio: float, table: FlowMat
     return timesteps >= boundary_ratio * table.num_train_timesteps
 
 
-class Wan22Policy(WanPolicy):
-    """A loaded WanPipeline with two experts. The one that is not trained is in samplers alone."""
+class ExpertsPolicy(WanPolicy):
+    """A loaded pipeline of Wan with two experts. One that is not trained is in samplers alone."""
 
-    config: "Wan22"
+    config: "Experts"
 
-    def __init__(self, config: "Wan22", pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> None:
+    def __init__(self, config: "Experts", pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> None:
         self._boundary: float = pipeline.config.boundary_ratio
         super().__init__(config, pipeline, device, sampling, role)
-        (frozen,) = (getattr(pipeline, part) for part in config.frozen_parts)
         self._frozen = None
-        if frozen is not None:
+        for frozen in filter(None, (getattr(pipeline, part) for part in config.frozen_parts)):
             convert_weights(frozen, self.dtype)
             frozen.to(device=device).eval().requires_grad_(False)
             self._frozen = functools.partial(config.network_call(sampling), frozen)
@@ -74,44 +83,71 @@ class Wan22Policy(WanPolicy):
         """Predict with one expert, each with its own guidance scale."""
         low_scale = self.config.guidance_scale_2
         scale = self.guidance_scale if high or low_scale is None else low_scale
-        predict = self._predict if high == (self.config.expert == "high_noise") else self._predict_frozen
+        if self.config.expert == "both":
+            predict = self._predict if high else self._predict_low_noise
+        else:
+            predict = self._predict if high == (self.config.expert == "high_noise") else self._predict_frozen
         return guided(predict, latents, timesteps, rows, scale if both else None, self._combined)
+
+    def _predict_low_noise(self, latents: Tensor, timesteps: Tensor, rows: Conditioning) -> Tensor:
+        # The mark is an input, so that compiled and recorded passes of the two networks are told apart.
+        return self._predict(latents, timesteps, rows | {"low_noise": torch.zeros_like(timesteps)})
 
     @torch.no_grad()
     def _predict_frozen(self, latents: Tensor, timesteps: Tensor, rows: Conditioning) -> Tensor:
         if self._frozen is None:
             raise ValueError(
                 f"policy.expert is {self.config.expert!r}, and the learner asks for a step of the other expert, which it "
-                "does not hold: wan22 trains on the steps of one expert, and takes no algorithm on noised final latents"
+                "does not hold: one expert is trained on its own steps, without algorithms on noised final latents; "
+                'give "both" for these'
             )
         return self._frozen(latents=latents.to(self.dtype), timesteps=timesteps, **self._in_dtype(rows))
 
 
-class Wan22(Wan):
-    """Wan 2.2 A14B, text to video, with one expert trained."""
-
-    policy_class: ClassVar[type[DiffusersPolicy]] = Wan22Policy
-    published: ClassVar[dict[str, Configs]] = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": WAN_22_A14B}
+class Experts(Wan):
+    """Keys of Wan 2.2 with two experts."""
 
     expert: Expert = "high_noise"
-    """The expert that is trained, on the steps that are its own. The other one only samples."""
+    """The expert that is trained, on the steps that are its own. The other one only samples. `both`: all steps."""
     guidance_scale_2: float | None = Field(default=None, ge=0)
     """Guidance scale of the expert for low noise. By default `sampling.guidance_scale`."""
 
+    @model_validator(mode="after")
+    def _both_have_adapters(self) -> "Experts":
+        if self.expert == "both" and self.train == "full":
+            raise ValueError(
+                'expert is "both" and train "full": both networks are trained by adapters only; give train = "lora", or '
+                'expert = "high_noise" or "low_noise"'
+            )
+        return self
+
     @property
     def trained_part(self) -> str:
-        return PARTS[self.expert]
+        return PARTS["low_noise" if self.expert == "low_noise" else "high_noise"]
 
     @property
     def frozen_parts(self) -> tuple[str, ...]:
-        return tuple(part for part in PARTS.values() if part != self.trained_part)
+        return tuple(part for part in PARTS.values() if part not in (self.trained_part, *self.joined_parts))
+
+    @property
+    def joined_parts(self) -> tuple[str, ...]:
+        return (SECOND_PART,) if self.expert == "both" else ()
+
+    @property
+    def alternates_networks(self) -> bool:
+        return self.expert == "both"
+
+    def network_call(self, sampling: SamplingTable) -> NetworkCall:
+        call = super().network_call(sampling)
+        return functools.partial(call_expert, call) if self.expert == "both" else call
 
     def check_sampling(self, sampling: SamplingTable) -> None:
         super().check_sampling(sampling)
-        if sampling.trains_no_steps:
+        if sampling.trains_no_steps and self.expert != "both":
             raise ValueError(
-                "sampling has no steps that are trained on, and wan22 trains an expert on its own steps: leave out "
-                "sampling.deterministic, or give sampling.sde_window beside a solver or a cache"
+                f"sampling has no steps that are trained on, and policy.expert is {self.expert!r}, which is trained on "
+                'its own steps: give "both", leave out sampling.deterministic, or give sampling.sde_window beside a '
+                "solver or a cache"
             )
 
     def stochastic_steps(self, sampling: SamplingTable) -> int:
@@ -124,3 +160,10 @@ class Wan22(Wan):
     def pipeline_arguments(self, sampling: SamplingTable, size: tuple[int, int]) -> dict[str, Any]:
         scales = {} if self.guidance_scale_2 is None else {"guidance_scale_2": self.guidance_scale_2}
         return super().pipeline_arguments(sampling, size) | scales
+
+
+class Wan22(Experts):
+    """Wan 2.2 A14B, text to video, with one expert or both trained."""
+
+    policy_class: ClassVar[type[DiffusersPolicy]] = ExpertsPolicy
+    published: ClassVar[dict[str, Configs]] = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": WAN_22_A14B}

@@ -33,6 +33,10 @@ WAN_22_A14B: Configs = WAN_21_14B | {
     },
     "model_index": {"boundary_ratio": 0.875},
 }
+WAN_22_I2V_A14B: Configs = WAN_22_A14B | {
+    "transformer": TRANSFORMER_14B | {"in_channels": 36},
+    "model_index": {"boundary_ratio": 0.9},
+}
 WAN_22_5B: Configs = {
     "transformer": TRANSFORMER_14B
     | {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},

@@ -14,7 +14,7 @@ from ray_ddpo.common.diffusion.loading.model_index import read_object, text_towe
 from ray_ddpo.common.diffusion.loading.video_keys import (
     LTX_PIPELINE,
     WAN_PIPELINES,
-    expert_faults,
+    kind_faults,
     ltx_faults,
     wan_faults,
 )
@@ -203,7 +203,9 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     if "vae" in parts:
         yield from _decoder_faults(config, parts)
     if config.pipeline_class in WAN_PIPELINES:
-        yield from expert_faults(bool(config.frozen_parts), parts.get(INDEX, {}))
+        has_experts = bool(config.frozen_parts or config.joined_parts)
+        per_token = bool(config.index_classes)
+        yield from kind_faults(has_experts, bool(config.reads_inputs), per_token, parts.get(INDEX, {}))
         yield from wan_faults(parts.get("vae", {}), parts.get("transformer", {}))
     if config.pipeline_class == LTX_PIPELINE:
         yield from ltx_faults(parts.get("vae", {}))

@@ -38,6 +38,7 @@ class DiffusersConfig(PolicyConfig):
 
     policy_class: ClassVar[type[DiffusersPolicy]]
     pipeline_class: ClassVar[str]  # of diffusers
+    index_classes: ClassVar[tuple[str, ...]] = ()  # that a model's index may name instead
     network_name: ClassVar[str]  # of the part that is trained
     network_class: ClassVar[str]
     legacy_network_classes: ClassVar[tuple[str, ...]] = ()  # names in older folders, which diffusers still reads
@@ -108,6 +109,16 @@ class DiffusersConfig(PolicyConfig):
     def frozen_parts(self) -> tuple[str, ...]:
         """Return further networks of the same class, which samplers alone load, and which are not trained."""
         return ()
+
+    @property
+    def joined_parts(self) -> tuple[str, ...]:
+        """Return further networks of the same class, which are trained as submodules of the first one."""
+        return ()
+
+    def join_networks(self, network: Any, others: Sequence[Any]) -> None:
+        """Make the further networks submodules of the first one, under their names in the pipeline."""
+        for part, other in zip(self.joined_parts, others, strict=True):
+            network.add_module(part, other)
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -281,6 +292,7 @@ class DiffusersConfig(PolicyConfig):
             pipeline = load_pipeline(self, role)
             check_keys(self, pipeline)
             network = getattr(pipeline, self.trained_part)
+            self.join_networks(network, [getattr(pipeline, part) for part in self.joined_parts])
             self.set_up_network(network)
             if role == "sampler":
                 self.set_up_decoder(pipeline.vae)

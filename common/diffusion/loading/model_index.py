@@ -87,7 +87,8 @@ def known_parts(config: "DiffusersConfig", role: str = "sampler") -> dict[str, P
     if role == "decoder":
         return {"vae": PartClass("model", "diffusers", config.decoder_classes)}
     network = PartClass("model", "diffusers", (config.network_class, *config.legacy_network_classes))
-    found = {config.trained_part: network, "scheduler": PartClass("scheduler", "diffusers")}
+    found = dict.fromkeys((config.trained_part, *config.joined_parts), network)
+    found["scheduler"] = PartClass("scheduler", "diffusers")
     if role != "sampler":
         return found
     found |= dict.fromkeys(config.frozen_parts, network)
@@ -168,7 +169,7 @@ def _check_pipeline(config: "DiffusersConfig", index: dict[str, Any]) -> None:
     known = f"the families are {sorted(POLICIES)}, for {', '.join(FAMILIES)}"
     if index.get("requires_aesthetics_score") is True:
         raise ValueError(f"this is the refiner of an SDXL ({name}), which no family here trains; {known}")
-    if name == config.pipeline_class:
+    if name in (config.index_classes or (config.pipeline_class,)):
         return
     if not isinstance(name, str):
         raise ValueError(f"{INDEX} names no pipeline of diffusers' (its _class_name is {name!r}); {known}")

@@ -113,6 +113,8 @@ def meta_parts(config: "DiffusersConfig", configs: Configs) -> dict[str, Any]:
             config.network_name: network_class.from_config(configs[config.network_name]),
             "vae": getattr(diffusers, configs["vae"].get("_class_name", "AutoencoderKL")).from_config(configs["vae"]),
         }
+        others = [network_class.from_config(configs[config.network_name]) for _ in config.joined_parts]
+        config.join_networks(parts[config.network_name], others)
         config.set_up_network(parts[config.network_name])
         for part, (config_class, model_class) in config.text_parts.items():
             text_config = getattr(transformers, config_class)(**configs[part])

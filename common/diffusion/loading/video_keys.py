@@ -7,19 +7,32 @@ WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 LTX_PIPELINE = "LTXPipeline"
 
 
-def expert_faults(has_experts: bool, index: Mapping[str, Any]) -> Iterator[str]:
-    """Yield that the model has one network where the family has two experts, or the other way round."""
-    boundary = index.get("boundary_ratio")
-    if "_class_name" in index and has_experts != (boundary is not None):
-        number, family = ("two networks", "wan22") if boundary is not None else ("one network", "wan")
-        remedy = f'policy.name must be "{family}"'
-        if index["_class_name"] != "WanPipeline":
-            remedy = "no family here trains one that reads images"
-        yield f"model_index.json has boundary_ratio={boundary!r}, of a model with {number}: {remedy}"
-    elif index.get("expand_timesteps") and index["_class_name"] != "WanPipeline":
-        yield "model_index.json has expand_timesteps=True, and no family here trains a model that reads images so"
+def kind_faults(has_experts: bool, reads_images: bool, is_per_token: bool, index: Mapping[str, Any]) -> Iterator[str]:
+    """Yield that another family of Wan trains the model.
+
+    Args:
+        has_experts: whether the family has two networks.
+        reads_images: whether it begins with an input image.
+        is_per_token: whether it does so with a timestep for each token.
+        index: the model's own.
+    """
+    boundary, expands = index.get("boundary_ratio"), bool(index.get("expand_timesteps"))
+    if "_class_name" not in index:
+        return
+    family = "wan22" if boundary is not None else "wan"
+    if reads_images:
+        family = "wan_ti2v" if expands and boundary is None else f"{family}_i2v"
+    if has_experts != (boundary is not None):
+        number = "one network" if boundary is None else "two networks"
+        yield f'model_index.json has boundary_ratio={boundary!r}, of a model with {number}: policy.name must be "{family}"'
     elif boundary is not None and not (isinstance(boundary, int | float) and 0 < boundary < 1):
         yield f"model_index.json has boundary_ratio={boundary!r}: it must be a number between 0 and 1"
+    elif reads_images and expands != is_per_token:
+        given = f"model_index.json has expand_timesteps={index.get('expand_timesteps')!r}"
+        if has_experts:
+            yield f"{given} and boundary_ratio={boundary!r}: no family here trains a model that reads images so"
+        else:
+            yield f'{given}: policy.name must be "{family}"'
 
 
 def wan_faults(decoder: Mapping[str, Any], network: Mapping[str, Any]) -> Iterator[str]:

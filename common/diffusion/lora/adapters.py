@@ -23,6 +23,7 @@ from ray_ddpo.common.diffusion.lora.files import (
     save_with_header,
 )
 from ray_ddpo.common.diffusion.lora.fused import ADAPTER, is_fused
+from ray_ddpo.common.model_files.weight_files import stored_name
 from ray_ddpo.common.policy_weights import PIECE, PolicyWeights, packed, verified
 from ray_ddpo.common.recipe.registry import Component
 
@@ -192,8 +193,8 @@ def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = 
     from peft import get_peft_model_state_dict
 
     layers, state = adapted_layers(network), get_peft_model_state_dict(network)
-    trained = {f"{part}.{name}": value.cpu().contiguous() for name, value in state.items()}
-    scales = {f"{part}.{name}": float(layer.scaling[ADAPTER]) for name, layer in layers.items()}
+    trained = {stored_name(part, name): value.cpu().contiguous() for name, value in state.items()}
+    scales = {stored_name(part, name): float(layer.scaling[ADAPTER]) for name, layer in layers.items()}
     folded = scaled(trained, scales)
     unfolded = scaled(folded, {name: 1 / scale for name, scale in scales.items()})
     targets = sorted(lora.target_modules if lora.path is None else layers)

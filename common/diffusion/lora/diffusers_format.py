@@ -13,7 +13,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ray_ddpo.common.diffusion.lora.files import PEFT_CONFIG, PEFT_NAME, LoraFile, read_lora_file, refuse_settings
+from ray_ddpo.common.diffusion.lora.files import (
+    METADATA,
+    PEFT_CONFIG,
+    PEFT_NAME,
+    SECOND_NAME,
+    LoraFile,
+    read_lora_file,
+    refuse_settings,
+    save_with_header,
+)
+from ray_ddpo.common.model_files.weight_files import SECOND_PART
 from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.reading import reading
 
@@ -186,6 +196,18 @@ def save_for_peft(path: Path) -> None:
     text = json.dumps({"peft_type": "LORA", **settings}, indent=2, sort_keys=True)
     (path.parent / PEFT_CONFIG).write_text(text, encoding="utf-8")
     save_file({f"{PEFT_PREFIX}{name}": value for name, value in file.named().items()}, path.parent / PEFT_NAME)
+
+
+def save_for_second_network(path: Path) -> None:
+    """Write the second network's adapters in one of this program's files beside it.
+
+    They have the first network's prefix there, under which diffusers loads adapters into either network.
+    """
+    file = read_lora_file(path)
+    of_second = {name for name in file.tensors if name.startswith(f"{SECOND_PART}.")}
+    renamed = {f"{file.part}{name.removeprefix(SECOND_PART)}": file.tensors[name] for name in of_second}
+    header = {METADATA: json.dumps(file.metadata, sort_keys=True)}
+    save_with_header(renamed, path.parent / SECOND_NAME, header)
 
 
 @contextmanager

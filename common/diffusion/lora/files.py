@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ray_ddpo.common.model_files.file_faults import refuse_not_finite
-from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS, part_of
+from ray_ddpo.common.model_files.weight_files import SECOND_PART, TRAINED_PARTS, part_of
 from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.named_files import Weights
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
 EXACT_NAME = "trained_adapter.safetensors"  # a second file, for alpha / rank that cannot be folded in without rounding
+SECOND_NAME = f"{SECOND_PART}_lora.safetensors"  # the adapters of a second network alone, for diffusers
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # the header's key in which diffusers looks for rank and alpha
 TRAINED = "trained_adapter_metadata"  # the header's key for rank and alpha in training
@@ -42,7 +43,7 @@ class LoraFile:
     @property
     def part(self) -> str | None:
         """Return the network's name in its pipeline, from the tensors' prefix; None if they have no prefix."""
-        return part_of(next(iter(self.tensors), ""))
+        return next(filter(None, map(part_of, self.tensors)), None)
 
     @cached_property
     def is_ours(self) -> bool:

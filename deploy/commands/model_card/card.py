@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.single_file import names_a_file
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
-from ray_ddpo.common.diffusion.lora.files import FILE_NAME, PEFT_NAME
+from ray_ddpo.common.diffusion.lora.files import FILE_NAME, PEFT_NAME, SECOND_NAME
 from ray_ddpo.common.diffusion.lora.kohya import READERS
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
 from ray_ddpo.common.recipe.recipe import Recipe
@@ -133,6 +133,8 @@ def _programs(policy: PolicyConfig) -> list[tuple[str, str, str]]:
     if not policy.takes_diffusers_lora:
         return [("PEFT", PEFT_NAME, "1")]
     kohya = "the output of ddpo export"
+    if policy.joined_parts:
+        return [("diffusers", f"{FILE_NAME} and {SECOND_NAME}", "1, its default")]
     is_unet, others = policy.network_name == "unet", [("kohya's scripts, AUTOMATIC1111, Forge", kohya, "1")]
     others = others if policy.network_class in READERS else []
     comfy = ("ComfyUI", kohya if is_unet else FILE_NAME, "1")
@@ -209,6 +211,9 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
         weights = 'weight_name="pytorch_lora_weights.safetensors"'
         into = "" if part == policy.network_name else f", load_into_{part}=True"
         lines.append(f"pipeline.load_lora_weights({push.repo!r}, {weights}{revision}{into})")
+        for second in policy.joined_parts:
+            weights = f'weight_name="{SECOND_NAME}"'
+            lines.append(f"pipeline.load_lora_weights({push.repo!r}, {weights}{revision}, load_into_{second}=True)")
     lines += ['pipeline.to("cuda" if torch.cuda.is_available() else "cpu")', *_sampling_lines(recipe, policy, prompt)]
     return "\n".join(lines)
 

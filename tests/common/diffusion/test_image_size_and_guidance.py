@@ -54,6 +54,8 @@ SIZES = {
     "wan22": (16, 32),
     "ltx": (64, 32),
     "wan_i2v": (32, 16),
+    "wan22_i2v": (16, 32),
+    "wan_ti2v": (32, 16),
 }
 OTHER_THAN_EMPTY = ("sdxl", *QWEN_IMAGE)  # where no negative prompt is given, the one takes zeros, the other a space
 IN_TURNS = (pytest.mark.thorough, pytest.mark.rotated(every=2))

@@ -34,6 +34,8 @@ EXPECTED = {
     "pixart_sigma": {"text_encoder": (12, 2)},
     "wan": {"text_encoder": (12, 2)},
     "wan22": {"text_encoder": (12, 2)},
+    "wan22_i2v": {"text_encoder": (12, 2)},
+    "wan_ti2v": {"text_encoder": (12, 2)},
     "ltx": {"text_encoder": (12, 2)},
 }
 

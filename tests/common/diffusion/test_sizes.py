@@ -53,6 +53,8 @@ PUBLISHED = {  # parameters of the network, of its decoder and of its text encod
     ("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers"): (14_288_491_584, 126_892_531, [5_680_910_336]),
     ("wan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"): (4_999_787_712, 704_688_668, [5_680_910_336]),
     ("wan22", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"): (14_288_491_584, 126_892_531, [5_680_910_336]),
+    ("wan22_i2v", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"): (14_288_901_184, 126_892_531, [5_680_910_336]),
+    ("wan_ti2v", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"): (4_999_787_712, 704_688_668, [5_680_910_336]),
     ("wan_i2v", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"): (16_394_878_784, 126_892_531, [5_680_910_336, 630_766_080]),
     ("pixart_sigma", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"): (610_856_096, 83_653_863, [4_762_310_656]),
 }

@@ -13,6 +13,7 @@ from PIL import Image
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.lora.adapters import read_weights
+from ray_ddpo.common.diffusion.lora.files import SECOND_NAME
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories, score
 from ray_ddpo.common.input_images import InputImages
 from ray_ddpo.common.recipe.registry import build
@@ -103,11 +104,11 @@ def test_in_half_precision_sampler_and_learner_keep_the_weights_that_diffusers_k
     assert torch.equal(score(learner, trajectory), trajectory.log_probs)
 
 
-EXPERTS = [("high_noise", [0, 1, 2, 3]), ("low_noise", [4, 5])]
+EXPERTS = [("high_noise", [0, 1, 2, 3]), ("low_noise", [4, 5]), ("both", [0, 1, 2, 3, 4, 5])]
 
 
 @pytest.mark.parametrize(("expert", "own"), EXPERTS)
-def test_an_expert_of_wan_2_2_is_trained_on_its_own_steps_and_loads_in_diffusers(
+def test_experts_of_wan_2_2_are_trained_on_their_own_steps_and_load_in_diffusers(
     expert: str, own: list[int], tmp_path: Path
 ) -> None:
     family, settings = ("wan22", MAKERS["wan22"](tmp_path / "model")), SamplingTable(num_steps=7, guidance_scale=3.0)
@@ -121,8 +122,13 @@ def test_an_expert_of_wan_2_2_is_trained_on_its_own_steps_and_loads_in_diffusers
 
     pipeline: Any = diffusers.WanPipeline.from_pretrained(family[1])
     take_first_order_steps("wan22", pipeline)
-    learner.save(tmp_path)
+    restored = config.load("cpu", settings, "learner")
+    restored.restore(learner.save(tmp_path))
+    assert read_weights(restored.network, 1).fingerprint == read_weights(learner.network, 1).fingerprint
     pipeline.load_lora_weights(tmp_path / "lora", load_into_transformer_2=expert == "low_noise")
+    if expert == "both":
+        second = {"weight_name": SECOND_NAME, "load_into_transformer_2": True}
+        pipeline.load_lora_weights(tmp_path / "lora", adapter_name="second", **second)
     keys = {**call_keys("wan22", 3.0), "guidance_scale_2": 2.0, "num_inference_steps": 7, "output_type": "latent"}
     plain = pipeline(prompt=PROMPTS, latents=next(image_noise(SEEDS, sampler.latent_shape)), **keys).frames
     still = sample_trajectories(sampler, PROMPTS, SEEDS, settings, range(0)).final_latents
@@ -131,7 +137,7 @@ def test_an_expert_of_wan_2_2_is_trained_on_its_own_steps_and_loads_in_diffusers
 
 def test_a_learner_of_one_expert_refuses_steps_of_the_other(tmp_path: Path) -> None:
     config = config_of(("wan22", MAKERS["wan22"](tmp_path)), expert="low_noise")
-    with pytest.raises(ValueError, match="sampling has no steps that are trained on, and wan22 trains an expert"):
+    with pytest.raises(ValueError, match="sampling has no steps that are trained on, and policy.expert is .low_noise."):
         config.check_sampling(SamplingTable(num_steps=4, deterministic=True))
     learner = config.load("cpu", SAMPLING, "learner")
     with pytest.raises(ValueError, match="policy.expert is 'low_noise', and the learner asks for a step of the other"):
@@ -139,12 +145,16 @@ def test_a_learner_of_one_expert_refuses_steps_of_the_other(tmp_path: Path) -> N
         learner.transition(torch.randn(1, *learner.latent_shape), torch.tensor([0]), rows)
 
 
-@pytest.mark.parametrize(("size", "scale"), [((16, 16), 3.0), ((32, 16), 1.0)])
+FROM_IMAGE = [("wan_i2v", (16, 16), 3.0), ("wan_i2v", (32, 16), 1.0), ("wan22_i2v", (32, 16), 3.0)]
+FROM_IMAGE += [("wan_ti2v", (16, 16), 3.0), ("wan_ti2v", (16, 32), 1.0)]
+
+
+@pytest.mark.parametrize(("name", "size", "scale"), FROM_IMAGE)
 def test_a_video_from_an_image_equals_that_of_diffusers_own_pipeline(
-    size: tuple[int, int], scale: float, tmp_path: Path
+    name: str, size: tuple[int, int], scale: float, tmp_path: Path
 ) -> None:
     height, width = size
-    family, settings = ("wan_i2v", MAKERS["wan_i2v"](tmp_path)), SamplingTable(num_steps=4, guidance_scale=scale)
+    family, settings = (name, MAKERS[name](tmp_path)), SamplingTable(num_steps=4, guidance_scale=scale)
     config = config_of(family, resolution=None, height=height, width=width)
     sampler, learner = (config.load("cpu", settings, role) for role in ("sampler", "learner"))
     pixels = np.random.default_rng(0).integers(0, 255, (2, height, width, 3), dtype=np.uint8)
@@ -152,10 +162,10 @@ def test_a_video_from_an_image_equals_that_of_diffusers_own_pipeline(
     latents = sample_trajectories(sampler, PROMPTS, SEEDS, settings, range(0), inputs=inputs).final_latents
     pipeline: Any = diffusers.WanImageToVideoPipeline.from_pretrained(family[1])
     pipeline.set_progress_bar_config(disable=True)
-    take_first_order_steps("wan_i2v", pipeline)
+    take_first_order_steps(name, pipeline)
     noise = next(image_noise(SEEDS, sampler.latent_shape))
     for row, prompt in enumerate(PROMPTS):  # its call takes one image
-        keys = call_keys("wan_i2v", scale) | {"image": Image.fromarray(pixels[row]), "height": height, "width": width}
+        keys = call_keys(name, scale) | {"image": Image.fromarray(pixels[row]), "height": height, "width": width}
         keys |= {"num_inference_steps": 4, "latents": noise[row : row + 1], "output_type": "latent"}
         plain = pipeline(prompt=prompt, **keys).frames
         torch.testing.assert_close(latents[row : row + 1], plain, rtol=1e-5, atol=1e-5)
