@@ -3,7 +3,19 @@
 from typing import Any
 
 from tests.changed_keys import ABSENT, Change
-from tests.video_keys import FLOW_SOLVER, UNIPC, WAN, WAN_DECODER
+from tests.video_keys import (
+    EXPERT,
+    EXPERTS_INDEX,
+    FLOW_SOLVER,
+    IMAGE_ENCODER,
+    IMAGE_PROCESSOR,
+    LTX,
+    LTX_DECODER,
+    UNIPC,
+    WAN,
+    WAN_DECODER,
+    WAN_FROM_IMAGES,
+)
 
 UNET: dict[str, list[Any]] = {
     "center_input_sample": [True],
@@ -370,7 +382,15 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     | {"tokenizer": QWEN_TOKENIZER},
     "wan": {"transformer": WAN, "vae": WAN_DECODER, "scheduler": UNIPC, "text_encoder": T5, "tokenizer": T5_TOKENIZER}
     | {"model_index": {"boundary_ratio": [0.5], "expand_timesteps": [True, None]}},
-    "wan22": {"transformer": WAN, "scheduler": UNIPC, "model_index": {"boundary_ratio": [0.5, 1.5, None]}},
+    "wan22": {"transformer": WAN, "transformer_2": EXPERT, "scheduler": UNIPC, "model_index": EXPERTS_INDEX},
+    "wan_i2v": {"transformer": WAN_FROM_IMAGES, "vae": WAN_DECODER, "scheduler": UNIPC, "text_encoder": T5}
+    | {"tokenizer": {"padding_side": ["left"]}, "image_encoder": IMAGE_ENCODER, "image_processor": IMAGE_PROCESSOR}
+    | {"model_index": {"boundary_ratio": [0.5], "expand_timesteps": [True]}},
+    "wan22_i2v": {"transformer": WAN_FROM_IMAGES, "transformer_2": EXPERT, "vae": WAN_DECODER}
+    | {"model_index": EXPERTS_INDEX},
+    "wan_ti2v": {"transformer": WAN, "vae": WAN_DECODER, "scheduler": UNIPC}
+    | {"model_index": {"boundary_ratio": [0.5], "expand_timesteps": [False, None]}},
+    "ltx": {"transformer": LTX, "vae": LTX_DECODER, "scheduler": FLOW, "text_encoder": T5, "tokenizer": T5_TOKENIZER},
 }
 EVERY = [
     (name, Change(part, key, value))

@@ -294,6 +294,8 @@ def given_latents(name: str, latents: torch.Tensor) -> torch.Tensor:
 
 def shown_latents(name: str, latents: torch.Tensor) -> torch.Tensor:
     """Return latents as the family's own pipeline shows them after a step."""
+    if name == "wan_ti2v":
+        return latents[:, :, 1:]  # the first frame is the input image's
     return latents.flatten(2).transpose(1, 2) if name.startswith("flux2") else given_latents(name, latents)
 
 
