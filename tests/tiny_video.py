@@ -36,7 +36,7 @@ def save_tiny_wan(
 
 def save_tiny_wan22(folder: Path, seed: int = 0, **scheduler: object) -> Path:
     """Write the pipeline with two experts. Of 4 steps the first 3 are of the expert for high noise."""
-    return save_tiny_wan(folder, seed, 0.7, **scheduler)
+    return save_tiny_wan(folder, seed, 0.7, False, **scheduler)
 
 
 def save_tiny_wan_ti2v(folder: Path, seed: int = 0, **scheduler: object) -> Path:

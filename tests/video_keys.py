@@ -145,7 +145,6 @@ LTX_DECODER: dict[str, list[Any]] = {
     "upsample_factor": [[2, 1, 1, 1]],
     "timestep_conditioning": [True],
     "patch_size": [4],
-    "patch_size_t": [2],
     "resnet_norm_eps": [0.1],
     "scaling_factor": [0.5, 0, None],
     "encoder_causal": [False],

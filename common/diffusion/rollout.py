@@ -98,10 +98,10 @@ def sample_trajectories(
     steps = SampledSteps(policy, sampling)
     latents, first = policy.initial_latents(next(noise)).to(latents_dtype), 0
     if sampling.deterministic and window != range(0):
-        *fields, sequence = _without_noise(steps, latents, rows, next(noise))
+        taken, log_prob, before, after, last, sequence = _without_noise(steps, latents, rows, next(noise))
+        fields = taken, log_prob, before, after
         starts = _starts(sampling, seeds, torch.stack(sequence, dim=1))
-        final = policy.finished(fields.pop(), rows)
-        return Trajectory(conditioning, prompt_index, *fields, final, *starts)
+        return Trajectory(conditioning, prompt_index, *fields, policy.finished(last, rows), *starts)
     if prefix is not None and window is not None:
         before = range(window.start)
         latents, first = _prefix_latents(policy, steps, selected, prefix, before, latents_dtype), window.start
@@ -119,8 +119,7 @@ def sample_trajectories(
     taken = to_device(trained - first, policy.device)  # index into the steps that were kept
     fields = trained, all_log_probs.gather(1, taken), *_latents_of(all_latents, trained - first, taken)
     starts = _starts(sampling, seeds, all_latents)
-    final = policy.finished(all_latents[:, -1], rows)
-    return Trajectory(conditioning, prompt_index, *fields, final, *starts)
+    return Trajectory(conditioning, prompt_index, *fields, policy.finished(all_latents[:, -1], rows), *starts)
 
 
 def inputs_of(policy: Policy, prompts: Sequence[Prompt]) -> InputImages | None:

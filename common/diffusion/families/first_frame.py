@@ -70,7 +70,8 @@ class FirstFrame(Wan):
         return 2 * latent_channels + self.frames_per_latent
 
     def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, ...]:
-        return super().latent_shape(network_config | {"in_channels": network_config["out_channels"]})
+        channels = network_config["out_channels"] or network_config["in_channels"]
+        return super().latent_shape(network_config | {"in_channels": channels})
 
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
         return call_transformer

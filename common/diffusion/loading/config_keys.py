@@ -14,6 +14,8 @@ from ray_ddpo.common.diffusion.loading.model_index import read_object, text_towe
 from ray_ddpo.common.diffusion.loading.video_keys import (
     LTX_PIPELINE,
     WAN_PIPELINES,
+    crop_faults,
+    first_frame_faults,
     kind_faults,
     ltx_faults,
     wan_faults,
@@ -203,10 +205,7 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     if "vae" in parts:
         yield from _decoder_faults(config, parts)
     if config.pipeline_class in WAN_PIPELINES:
-        has_experts = bool(config.frozen_parts or config.joined_parts)
-        per_token = bool(config.index_classes)
-        yield from kind_faults(has_experts, bool(config.reads_inputs), per_token, parts.get(INDEX, {}))
-        yield from wan_faults(parts.get("vae", {}), parts.get("transformer", {}))
+        yield from _wan_faults(config, parts)
     if config.pipeline_class == LTX_PIPELINE:
         yield from ltx_faults(parts.get("vae", {}))
     yield from _sample_size_faults(_file(config.network_name), parts.get(config.network_name, {}))
@@ -216,6 +215,19 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
         yield from _width_faults(config, parts)
     yield from _length_faults(config, parts)
     yield from _image_reader_faults(config)
+
+
+def _wan_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
+    """Yield what is wrong with a model of Wan: another family trains it, or its parts do not fit each other."""
+    has_experts = bool(config.frozen_parts or config.joined_parts)
+    per_token = bool(config.index_classes)  # of the one model that is published for text to video
+    yield from kind_faults(has_experts, bool(config.reads_inputs), per_token, parts.get(INDEX, {}))
+    yield from wan_faults(parts.get("vae", {}), parts.get("transformer", {}))
+    if config.reads_inputs and "transformer" in parts:
+        yield from first_frame_faults("image_encoder" in config.text_parts, per_token, parts["transformer"])
+    if "image_encoder" in parts:
+        reader = _read(config.folder() / "image_processor" / "preprocessor_config.json")
+        yield from crop_faults(parts["image_encoder"], reader)
 
 
 def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:

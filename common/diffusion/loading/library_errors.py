@@ -91,8 +91,11 @@ def try_once(policy: "DiffusersPolicy") -> None:
     with library_errors(model, f"a prompt cannot be encoded as {text} and the tokenizers' files say"):
         conditioning = policy.encode([""])
     latents, first = (torch.zeros(1, *shape, device=policy.device) for shape in (policy.latent_shape, ()))
-    network = f"{config.trained_part}/config.json"
+    networks = [config.trained_part, *config.frozen_parts, *config.joined_parts]
+    steps = [0, policy.num_steps - 1] if len(networks) > 1 else [0]  # the second network takes the last one
+    network = " and ".join(f"{part}/config.json" for part in networks)
     with library_errors(model, f"the network cannot compute a step as {network} says, on what {text} give it"):
-        policy.transition(latents, first.long(), select_rows(conditioning, first.long()))
+        for step in steps:
+            policy.transition(latents, first.long() + step, select_rows(conditioning, first.long()))
     with library_errors(model, "latents cannot be decoded as vae/config.json says"):
         policy.decode(latents)

@@ -35,6 +35,32 @@ def kind_faults(has_experts: bool, reads_images: bool, is_per_token: bool, index
             yield f'{given}: policy.name must be "{family}"'
 
 
+def first_frame_faults(has_image_encoder: bool, is_per_token: bool, network: Mapping[str, Any]) -> Iterator[str]:
+    """Yield keys with which the network does not read the first frame as the family's pipeline gives it.
+
+    Args:
+        has_image_encoder: whether the family has an image encoder.
+        is_per_token: whether it gives a timestep for each token.
+        network: the keys of the first network.
+    """
+    width, patch = network.get("image_dim"), list(network.get("patch_size") or (1, 2, 2))
+    if width is not None and not has_image_encoder:
+        yield f"transformer/config.json has image_dim={width!r}: it reads an image encoder's states, and there is none"
+    if width is None and has_image_encoder:
+        yield "transformer/config.json has no image_dim: it does not read the states of the model's image encoder"
+    if is_per_token and patch != [1, 2, 2]:
+        yield f"transformer/config.json has patch_size={patch}: the pipeline gives a timestep to each of [1, 2, 2] latents"
+
+
+def crop_faults(encoder: Mapping[str, Any], reader: Mapping[str, Any]) -> Iterator[str]:
+    """Yield that the image processor makes images of another size than the image encoder reads."""
+    crop, size = reader.get("crop_size"), encoder.get("image_size", 224)
+    sides = set(crop.values()) if isinstance(crop, Mapping) else {crop}
+    if crop is not None and reader.get("do_center_crop", True) and sides != {size}:
+        file = "image_processor/preprocessor_config.json"
+        yield f"{file} has crop_size={crop!r}, and image_encoder/config.json image_size={size!r}: give one size"
+
+
 def wan_faults(decoder: Mapping[str, Any], network: Mapping[str, Any]) -> Iterator[str]:
     """Yield keys that say something else than the decoder and the network do. An absent key has the class's default."""
     squares = decoder.get("patch_size") or 1
