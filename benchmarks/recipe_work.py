@@ -49,6 +49,9 @@ NAMES = (
     "families/pixart_sigma_aesthetic",
     "families/wan21_1_3b_window",
     "families/wan22_a14b_sharded",
+    "families/wan22_a14b_both",
+    "families/wan22_i2v_sharded",
+    "families/wan22_5b_i2v_window",
     "families/ltx_2b_window",
 )
 

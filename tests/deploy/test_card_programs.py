@@ -92,3 +92,8 @@ def test_the_program_of_a_card_gives_the_policys_image(family: str, tables: dict
 def test_a_stable_diffusion_3_without_t5_has_none_in_its_card(tables: dict, tmp_path: Path) -> None:
     save_tiny_sd3(tmp_path / "model")
     compare("sd3", tmp_path, tables, t5=False)
+
+
+def test_the_program_of_both_experts_loads_a_file_into_each(tables: dict, tmp_path: Path) -> None:
+    MAKERS["wan22"](tmp_path / "model")
+    compare("wan22", tmp_path, tables, expert="both", guidance_scale_2=2.0)

@@ -18,9 +18,11 @@ from ray_ddpo.common.diffusion.loading.video_keys import (
     first_frame_faults,
     kind_faults,
     ltx_faults,
+    second_network_faults,
     wan_faults,
 )
 from ray_ddpo.common.diffusion.schedulers.conversion import as_loaded, check_scheduler, is_number
+from ray_ddpo.common.model_files.weight_files import SECOND_PART
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 if TYPE_CHECKING:
@@ -225,6 +227,9 @@ def _wan_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     yield from wan_faults(parts.get("vae", {}), parts.get("transformer", {}))
     if config.reads_inputs and "transformer" in parts:
         yield from first_frame_faults("image_encoder" in config.text_parts, per_token, parts["transformer"])
+    second = _read(config.folder() / SECOND_PART / "config.json") if has_experts else {}
+    if second and "transformer" in parts:
+        yield from second_network_faults(parts["transformer"], second)
     if "image_encoder" in parts:
         reader = _read(config.folder() / "image_processor" / "preprocessor_config.json")
         yield from crop_faults(parts["image_encoder"], reader)

@@ -35,6 +35,13 @@ def kind_faults(has_experts: bool, reads_images: bool, is_per_token: bool, index
             yield f'{given}: policy.name must be "{family}"'
 
 
+def second_network_faults(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
+    """Yield numbers of channels that the second network does not share with the first one."""
+    for key in ("in_channels", "out_channels"):
+        if second.get(key, 16) != first.get(key, 16):  # the class's default
+            yield f"transformer_2/config.json has {key}={second.get(key)!r}, and transformer/config.json {first.get(key)!r}"
+
+
 def first_frame_faults(has_image_encoder: bool, is_per_token: bool, network: Mapping[str, Any]) -> Iterator[str]:
     """Yield keys with which the network does not read the first frame as the family's pipeline gives it.
 

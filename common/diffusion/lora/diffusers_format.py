@@ -57,6 +57,8 @@ LOADERS = {  # the network's class → diffusers' loader of LoRA files for its p
     "QwenImageTransformer2DModel": "QwenImageLoraLoaderMixin",
     "ZImageTransformer2DModel": "ZImageLoraLoaderMixin",
     "SanaTransformer2DModel": "SanaLoraLoaderMixin",
+    "WanTransformer3DModel": "WanLoraLoaderMixin",
+    "LTXVideoTransformer3DModel": "LTXVideoLoraLoaderMixin",
 }
 
 

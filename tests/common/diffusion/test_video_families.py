@@ -9,16 +9,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.lora.adapters import read_weights
 from ray_ddpo.common.diffusion.lora.files import SECOND_NAME
+from ray_ddpo.common.diffusion.policy import select_rows
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories, score
 from ray_ddpo.common.input_images import InputImages
+from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.learner.sharding_check import check_sharding
 from tests.accepted_page import assert_refused
+from tests.graph_recorder import Counted
 from tests.own_pipelines import own_call
 from tests.tiny_families import MAKERS, VIDEO, call_keys, given_latents, policy_table, shown, take_first_order_steps
 from tests.tiny_policy import scatter
@@ -201,3 +206,65 @@ def test_models_that_cannot_be_sampled_are_refused_as_documented(tmp_path: Path)
         with pytest.raises(ValueError) as refused:
             config.check()
         assert_refused(situation, str(refused.value))
+
+
+def test_recorded_passes_of_both_experts_are_told_apart_and_have_the_same_bits(tmp_path: Path) -> None:
+    config = config_of(("wan22", MAKERS["wan22"](tmp_path)), expert="both")
+    settings, recorders = (
+        SamplingTable(num_steps=7, guidance_scale=3.0),
+        Counted(),
+    )  # 4 steps of one expert, 3 of the other
+    eager, replayed = (config.load("cpu", settings, "sampler") for _ in range(2))
+    scatter(eager.network, deviation=0.3)
+    replayed.load_weights(read_weights(eager.network, 1))
+    replayed.record_graphs(recorders)
+    one, other = (sample_trajectories(policy, PROMPTS, SEEDS, settings) for policy in (eager, replayed))
+    assert torch.equal(one.final_latents, other.final_latents) and torch.equal(one.log_probs, other.log_probs)
+    assert recorders.recorded == 2
+
+
+def test_both_experts_need_adapters_and_weights_that_are_not_sharded(tmp_path: Path, tables: dict) -> None:
+    table = policy_table("wan22", MAKERS["wan22"](tmp_path), expert="both")
+    with pytest.raises(ValueError, match='expert is "both" and train "full"'):
+        build(POLICIES, {**table, "train": "full"}, "policy")
+    learner = {**tables["learner"], "shard_weights": True, "world_size": 2}
+    recipe = Recipe.parse({**tables, "policy": table, "learner": learner})
+    with pytest.raises(ValueError, match="shard_weights is true, and policy.expert says that two networks are trained"):
+        check_sharding(recipe, build(POLICIES, table, "policy"))
+
+
+@pytest.mark.parametrize("scale", [3.0, 1.0])
+def test_the_first_frame_of_a_clip_has_no_part_in_ratios_and_losses(scale: float, tmp_path: Path) -> None:
+    config = config_of(("wan_ti2v", MAKERS["wan_ti2v"](tmp_path)))
+    policy = config.load("cpu", SamplingTable(num_steps=4, guidance_scale=scale), "sampler")
+    scatter(policy.network, deviation=0.3)
+    rows = select_rows(policy.encode(["a cat"]), torch.tensor([0]))
+    latents = torch.randn(1, *policy.latent_shape, requires_grad=True)
+    transition = policy.transition(latents, torch.tensor([0]), rows)
+    assert not torch.equal(transition.mean[:, :, 1:], latents[:, :, 1:])
+    (moved,) = torch.autograd.grad(transition.mean[:, :, 1:].sum(), latents)
+    assert not moved[:, :, 0].any() and moved[:, :, 1:].any()  # the network reads the input image there
+    predicted, target = policy.denoise(torch.randn_like(latents), torch.randn_like(latents), torch.tensor([500]), rows)
+    assert torch.equal(predicted[:, :, 0], target[:, :, 0]) and not torch.equal(predicted, target)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])
+def test_training_starts_from_another_programs_lora_of_wan_at_diffusers_strength(prefix: str, tmp_path: Path) -> None:
+    model = MAKERS["wan"](tmp_path / "model")
+    pipeline: Any = diffusers.WanPipeline.from_pretrained(model)
+    found = {"self_attn.q": "attn1.to_q", "cross_attn.o": "attn2.to_out.0"}  # Wan's own names, and diffusers'
+    tensors: dict[str, torch.Tensor] = {}
+    for own, name in found.items():
+        layer = pipeline.transformer.get_submodule(f"blocks.0.{name}")
+        key = f"{prefix}blocks.0.{own if prefix == 'diffusion_model.' else name}"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(4, layer.in_features)
+        tensors[f"{key}.lora_B.weight"] = torch.randn(layer.out_features, 4)
+    save_file(tensors, tmp_path / "style.safetensors")
+    config = config_of(("wan", model), lora={"path": str(tmp_path / "style.safetensors")})
+    policy = config.load("cpu", SAMPLING, "sampler")
+    take_first_order_steps("wan", pipeline)
+    pipeline.load_lora_weights(tmp_path / "style.safetensors")
+    keys = {**call_keys("wan", 3.0), "num_inference_steps": 4, "output_type": "latent"}
+    plain = pipeline(prompt=PROMPTS, latents=next(image_noise(SEEDS, policy.latent_shape)), **keys).frames
+    latents = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING, range(0)).final_latents
+    torch.testing.assert_close(latents, plain, rtol=1e-5, atol=1e-5)
