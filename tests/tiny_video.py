@@ -47,27 +47,19 @@ def save_tiny_wan_ti2v(folder: Path, seed: int = 0, **scheduler: object) -> Path
 
 def save_tiny_wan_i2v(folder: Path, seed: int = 0, **scheduler: object) -> Path:
     """Write the pipeline. `scheduler` changes the published configuration, as for text to video."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-
     torch.manual_seed(seed)
-    vision: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    size = {"height": 8, "width": 8}
-    parts = {
-        "transformer": _transformer(in_channels=12, image_dim=16, added_kv_proj_dim=24),
-        "image_encoder": CLIPVisionModel(CLIPVisionConfig(**vision, image_size=8, patch_size=4)),
-        "image_processor": CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=size),
-    }
-    return _save_from_images(folder, parts, 512, scheduler)
+    network = _transformer(in_channels=12, image_dim=16, added_kv_proj_dim=24)
+    return _save_from_images(folder, {"transformer": network}, True, scheduler)
 
 
 def save_tiny_wan22_i2v(folder: Path, seed: int = 0, **scheduler: object) -> Path:
     """Write the pipeline with two experts and without image encoder."""
     torch.manual_seed(seed)
     parts = {part: _transformer(in_channels=12) for part in ("transformer", "transformer_2")}
-    return _save_from_images(folder, parts | {"boundary_ratio": 0.7}, 226, scheduler)
+    return _save_from_images(folder, parts | {"boundary_ratio": 0.7}, False, scheduler)
 
 
-def _save_from_images(folder: Path, parts: dict[str, Any], tokens: int, scheduler: dict[str, Any]) -> Path:
+def _save_from_images(folder: Path, parts: dict[str, Any], with_encoder: bool, scheduler: dict[str, Any]) -> Path:
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline
 
     _clean_prompts_without_ftfy()
@@ -77,9 +69,20 @@ def _save_from_images(folder: Path, parts: dict[str, Any], tokens: int, schedule
         scheduler=UniPCMultistepScheduler(**keys),
         vae=AutoencoderKLWan(**WAN_DECODER),
         text_encoder=_umt5(32),
-        tokenizer=tiny_t5_tokenizer(tokens),
+        tokenizer=tiny_t5_tokenizer(512 if with_encoder else 12),
+        **(_image_encoder() if with_encoder else {}),
     ).save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def _image_encoder() -> dict[str, Any]:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    vision: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return {
+        "image_encoder": CLIPVisionModel(CLIPVisionConfig(**vision, image_size=8, patch_size=4)),
+        "image_processor": CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+    }
 
 
 def _clean_prompts_without_ftfy() -> None:
