@@ -108,7 +108,7 @@ class Experts(Wan):
     """Keys of Wan 2.2 with two experts."""
 
     expert: Expert = "high_noise"
-    """The expert that is trained, on the steps that are its own. The other one only samples. `both`: all steps."""
+    """Experts that are trained: one on the steps that it predicts, while the other only samples, or both on all steps."""
     guidance_scale_2: float | None = Field(default=None, ge=0)
     """Guidance scale of the expert for low noise. By default `sampling.guidance_scale`."""
 
