@@ -1,7 +1,9 @@
 """Refuse recipes whose prompts and model family do not agree on input images."""
 
+from collections.abc import Sequence
+
 from ray_ddpo.common.diffusion.policy import PolicyConfig
-from ray_ddpo.common.prompts import PromptSource
+from ray_ddpo.common.prompts import Prompt, PromptList, PromptSource, refuse_more_inputs
 from ray_ddpo.common.recipe.recipe import Recipe
 
 
@@ -23,3 +25,16 @@ def check_input_images(recipe: Recipe, policy: PolicyConfig, source: PromptSourc
             f"prompts.image_column is {has['image']!r}, and {family} reads no input image: take an editing family, such "
             'as policy.name = "flux_kontext", or leave the key out'
         )
+
+
+def check_prompt_files(recipe: Recipe, policy: PolicyConfig, source: PromptSource) -> None:
+    """Check the files of the prompts, and that no prompt has more input images than the family reads.
+
+    Raises:
+        ValueError: a file cannot be used, or a prompt has too many images.
+    """
+    source.check()
+    if not source.input_columns or not isinstance(source, PromptList):
+        return
+    prompts: Sequence[Prompt] = [*source.sampled(), *source.evaluated()]
+    refuse_more_inputs(prompts, policy.most_inputs, f"policy.name = {recipe.policy.name!r}")

@@ -217,6 +217,8 @@ def _sampling_lines(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> lis
     """Return the call of the pipeline with the run's sampling settings, and the line that saves what it makes."""
     sampling, keys = recipe.sampling, [f"prompt={prompt!r}"]  # by name: some pipelines take an image first
     keys += [f'{INPUT_ARGUMENTS[name]}=Image.open("{name}.png")' for name in policy.reads_inputs]
+    if policy.most_inputs > 1:
+        keys[1] = f'image=[Image.open(f"image_{{number}}.png") for number in range({policy.most_inputs})]'
     keys.append(f"num_inference_steps={sampling.num_steps}")
     sides = policy.latent_shape(policy.part_config(policy.network_name))[-2:]
     height, width = (policy.scale_factor * side for side in sides)
