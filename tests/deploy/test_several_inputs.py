@@ -35,6 +35,7 @@ def several_tables(folder: Path, family: str = "flux2_klein_edit", **policy: Any
         "sampling": {**tables["sampling"], "eta": 0.7},
         "reward": {"name": "function", "path": "tests.user_functions:likeness_to_all"},
         "learner": {**tables["learner"], "micro_batch_size": 4},
+        "checkpoint": {"every": 1, "keep": 2},
         "evaluation": {"images": 4, "batch_size": 4},
     }
 
@@ -95,7 +96,7 @@ def test_a_round_with_lists_of_images_is_sampled_again_with_the_same_bits(run: P
 
 
 def test_a_stopped_run_resumes_to_the_same_bits_and_refuses_another_image_of_a_list(run: Path, tmp_path: Path) -> None:
-    tables = several_tables(tmp_path, max_input_images=3) | {"checkpoint": {"every": 1, "keep": 2}}
+    tables = several_tables(tmp_path, max_input_images=3)
     whole = final_fingerprint(Recipe.parse({**tables, "name": "whole"}), serial=True)
     parts = {**tables, "name": "parts"}
     run_training(Recipe.parse({**parts, "rounds": 1}), serial=True)

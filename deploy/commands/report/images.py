@@ -142,8 +142,8 @@ def rows_image(rows: list[ImageRow], path: Path, prompts: list[str] | None = Non
     plt.close(figure)
 
 
-def reward_curve(rounds: list[dict[str, Any]], path: Path) -> None:
-    """Plot the mean reward of each round's images, with a band of one standard error."""
+def reward_curve(rounds: list[dict[str, Any]], path: Path, made: str = "images") -> None:
+    """Plot the mean reward of what each round made, images or clips, with a band of one standard error."""
     from matplotlib import pyplot as plt
 
     images = np.cumsum([metrics["images"] for metrics in rounds])
@@ -152,8 +152,8 @@ def reward_curve(rounds: list[dict[str, Any]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
     axis.plot(images, mean, marker="o", markersize=3)
     axis.fill_between(images, mean - error, mean + error, alpha=0.25, label="± one standard error of the round's mean")
-    axis.set_xlabel("images sampled")
-    axis.set_ylabel("reward of the training images")
+    axis.set_xlabel(f"{made} sampled")
+    axis.set_ylabel(f"reward of the training {made}")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
