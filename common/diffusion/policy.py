@@ -294,11 +294,6 @@ class PolicyConfig(Component, ABC):
         """Return how many steps of a trajectory are stochastic, as far as can be told without the model's schedule."""
         return sampling.num_steps
 
-    @property
-    def most_inputs(self) -> int:
-        """Return how many input images a prompt may have, if the family reads any."""
-        return 1
-
     @abstractmethod
     def check(self) -> None:
         """Raise ValueError if it can be told without loading that the model does not exist."""

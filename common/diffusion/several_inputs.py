@@ -25,6 +25,7 @@ class SeveralInputsPolicy(EditingPolicy):
     def _encode_inputs(
         self, images: list[Float[Tensor, "1 3 H2 W2"]], mask: Float[Tensor, "1 1 H2 W2"]
     ) -> Conditioning:
+        """Return the latents of all images and, if the family may read several, how many are fillers."""
         latents = torch.cat([self._encode_input(image, mask)[LATENTS] for image in images])
         behind = self.most_inputs - len(latents)
         rows = {LATENTS: pad(latents, (0, 0, 0, 0, 0, 0, 0, behind)).unsqueeze(0)}

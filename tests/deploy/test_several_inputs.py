@@ -15,6 +15,7 @@ from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.model_card.card import loading
 from ray_ddpo.deploy.driver.components import components_of
+from ray_ddpo.deploy.driver.input_image_checks import check_prompt_files
 from ray_ddpo.train import run_training
 from tests.accepted_page import assert_refused
 from tests.conftest import small_tables
@@ -130,6 +131,18 @@ def test_a_family_that_reads_one_image_refuses_several_before_it_is_loaded(famil
     assert_refused("more input images of a prompt than the family reads", str(error.value))
 
 
+def test_a_sharded_network_refuses_prompts_with_different_numbers_of_images(tmp_path: Path) -> None:
+    tables = several_tables(tmp_path, max_input_images=3)
+    sharded = Recipe.parse({**tables, "learner": {**tables["learner"], "shard_weights": True}})
+    components = components_of(sharded)
+    with pytest.raises(ValueError, match="shard_weights is true, and prompts have 1 or 2 or 3 input images"):
+        check_prompt_files(sharded, components.policy, components.prompts)
+    file = tmp_path / "inputs" / "prompts.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps(row | {"image": ["0.png", "1.png"]}) for row in rows))
+    check_prompt_files(sharded, components.policy, components.prompts)
+
+
 def test_a_python_program_hands_over_lists_of_images(tmp_path: Path) -> None:
     seen: list[Any] = []
 
@@ -140,7 +153,7 @@ def test_a_python_program_hands_over_lists_of_images(tmp_path: Path) -> None:
     tables = several_tables(tmp_path, max_input_images=2) | {"rounds": 1}
     rows: list[dict[str, Any]] = [{"prompt": "a cat", "image": [Image.fromarray(input_pixels(0)), input_pixels(1)]}]
     train(
-        Recipe.parse({**tables, "evaluation": {"images": 1, "batch_size": 1}}),
+        Recipe.parse({**tables, "evaluation": {"images": 2, "batch_size": 2}}),
         prompts=rows,
         reward=likeness,
         serial=True,
