@@ -52,7 +52,7 @@ def report(run: str, overrides: list[str], given: Given = NOTHING_GIVEN) -> str:
     _say("makes the images and the page")
     with local_folder(folder.report) as path:
         before_after_image(comparison, path / "before_after.png")
-        reward_curve(rounds, path / "reward_curve.png", stats["made"])
+        reward_curve(rounds, path / "reward_curve.png", str(stats["made"]))
         versions_image(EvalLog(folder.storage), shown_versions(evaluated_versions(folder)), path / "versions.png")
     finished = FinishedRun(folder, recipe, overrides, rounds, weights.fingerprint, weights.policy_version)
     folder.report.write("report.html", report_page(finished, comparison).encode())
