@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from pydantic import Field, PrivateAttr, model_validator
 
-from ray_ddpo.common.input_images import CONTENT, IMAGE, MASK, check_inputs, content_key, with_inputs
+from ray_ddpo.common.input_images import CONTENT, IMAGE, MASK, check_inputs, content_key, files_of, with_inputs
 from ray_ddpo.common.prompt_files import Format, PromptFile
 from ray_ddpo.common.prompt_metadata import check_text, json_value
 from ray_ddpo.common.recipe.named_files import Weights
@@ -68,6 +68,16 @@ def refuse_without_inputs(prompts: Sequence[Prompt], who: str) -> None:
         if IMAGE + CONTENT not in prompt.metadata:  # not IMAGE, which may be a column that says something else
             raise ValueError(
                 f"{who} reads each prompt's input image, and {prompt.text!r} has none: give prompts.image_column"
+            )
+
+
+def refuse_more_inputs(prompts: Sequence[Prompt], most: int, who: str) -> None:
+    """Raise ValueError if a prompt has more input images than `who` reads."""
+    for prompt in prompts:
+        if (count := len(files_of(prompt.metadata, IMAGE))) > most:
+            raise ValueError(
+                f"{who} reads {most} input image{'s' * (most > 1)} a prompt, and {prompt.text!r} has {count}: give it "
+                "fewer; families of FLUX.2 and Qwen-Image-Edit-Plus read several, as policy.max_input_images says"
             )
 
 
@@ -255,7 +265,7 @@ class File(PromptList):
     held_out_path: str | None = None
     """Second file, whose prompts are used for evaluation only."""
     image_column: str | None = None
-    """Column with the path of the image that a prompt edits. By default prompts are texts alone."""
+    """Column with the path of the image that a prompt edits, or a list of paths. By default prompts are texts alone."""
     mask_column: str | None = None
     """Column with the path of the mask: white where the image may change."""
 
@@ -289,7 +299,8 @@ class File(PromptList):
 
     def input_contents(self) -> list[str]:
         prompts = [*self._all(), *self._held_out()] if self.input_columns else []
-        return [prompt.metadata[name + CONTENT] for prompt in prompts for name in self.input_columns]
+        files = [file for prompt in prompts for name in self.input_columns for file in files_of(prompt.metadata, name)]
+        return [content for _, content in files]
 
     def check(self) -> None:
         if self.input_columns:

@@ -188,18 +188,22 @@ def _stored_row(where: str, row: Mapping[str, Any], place: Path) -> str:
     stored = dict(row)
     for name in (IMAGE, MASK):
         value = row.get(name)
-        if isinstance(value, str | Path):
-            stored[name] = str(Path(os.path.expanduser(value)).absolute())
+        if isinstance(value, list | tuple):
+            stored[name] = [
+                _stored_image(f"{where}, {name} {number}", each, place) for number, each in enumerate(value, 1)
+            ]
         elif name in row:
-            stored[name] = _saved_image(f"{where}, {name}", value, place)
+            stored[name] = _stored_image(f"{where}, {name}", value, place)
     try:
         return json.dumps(stored, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}, whose metadata is not what JSON holds: {error}") from None
 
 
-def _saved_image(where: str, value: Any, place: Path) -> str:
-    """Save a PIL image or an array as PNG, and return the file's name."""
+def _stored_image(where: str, value: Any, place: Path) -> str:
+    """Return an image's path, or save a PIL image or an array as PNG and return the file's name."""
+    if isinstance(value, str | Path):
+        return str(Path(os.path.expanduser(value)).absolute())
     if isinstance(value, np.ndarray):
         pixels = value.astype(np.uint8) * 255 if value.dtype == bool else value
         if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,)) or pixels.ndim < 2:

@@ -38,3 +38,15 @@ def input_table(file: Path, mask: bool = False) -> dict:
     """Return the recipe's `[prompts]` for such a file."""
     table = {"name": "file", "path": str(file), "image_column": "image", "column": "prompt"}
     return table | ({"mask_column": "mask"} if mask else {})
+
+
+def save_several(folder: Path) -> Path:
+    """Write prompts.jsonl with one, two and three images a prompt, of different sizes. Return its path."""
+    save_inputs(folder)
+    sizes = [(16, 16), (24, 16), (16, 40)]
+    for number, size in enumerate(sizes):
+        Image.fromarray(input_pixels(10 + number, size)).save(folder / f"more_{number}.png")
+    lists = (["0.png"], ["1.png", "more_1.png"], ["2.png", "more_2.png", "more_0.png"], "3.png")
+    rows = [{"prompt": prompt, "image": images} for prompt, images in zip(PROMPTS, lists, strict=True)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "prompts.jsonl"

@@ -350,6 +350,8 @@ FLOW_PARTS: dict[str, dict[str, list[Any]]] = {
 # Without torchvision no Qwen2VLProcessor of transformers can be loaded, so both sides read this part by one class.
 PROCESSOR: dict[str, list[Any]] = {"patch_size": [7], "merge_size": [1], "temporal_patch_size": [1]}
 PROCESSOR |= {"image_mean": [[0.1, 0.2, 0.3]], "do_rescale": [False], "do_resize": [False], "resample": [0]}
+PROCESSOR |= {"image_std": [[0.5, 0.6, 0.7]], "do_normalize": [False], "rescale_factor": [0.01], "max_pixels": [3136]}
+PROCESSOR |= {"do_convert_rgb": [False], "unknown_key": [1]}
 PROCESSOR |= {"size": [{"shortest_edge": 12544, "longest_edge": 1003520}], "min_pixels": [12544]}
 QWEN_EDIT = {"transformer": QWEN_IMAGE, "vae": QWEN_DECODER, "scheduler": FLOW, "text_encoder": QWEN_TEXT}
 QWEN_EDIT |= {"tokenizer": QWEN_TOKENIZER, "processor": PROCESSOR}
@@ -392,6 +394,7 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     | {"model_index": {"boundary_ratio": [0.5], "expand_timesteps": [False, None]}},
     "ltx": {"transformer": LTX, "vae": LTX_DECODER, "scheduler": FLOW, "text_encoder": T5, "tokenizer": T5_TOKENIZER},
 }
+PARTS_OF_FAMILIES = [(name, part) for name, parts in PARTS.items() for part in parts]
 EVERY = [
     (name, Change(part, key, value))
     for name, parts in PARTS.items()

@@ -47,7 +47,8 @@ def own_call(name: str, pipeline: Any, prompts: Sequence[str], latents: torch.Te
     found = []
     for row, prompt in enumerate(prompts):
         own = {key: value[row] if isinstance(value, list) else value for key, value in keys.items()}
-        with sizes_as_given(own["image"].size):
+        image = own["image"]
+        with sizes_as_given((image[0] if isinstance(image, list) else image).size):
             noise = given_latents(name, latents[row : row + 1])
             found += list(pipeline(prompt=prompt, latents=noise, **own).images)
     return found

@@ -73,3 +73,10 @@ def never(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.nd
 
 def of_clips(clips: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
     return [float(clip[-1].mean()) for clip in clips]
+
+
+def likeness_to_all(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]], inputs: Any) -> list[float]:
+    """Return the number of input images, plus a likeness below 1 to their mean."""
+    means = [each.mean(axis=0) for each in inputs.images]
+    likeness = [1 - np.abs(image - mean).mean() / 256 for image, mean in zip(images, means, strict=True)]
+    return [len(each) + 0.5 * like for each, like in zip(inputs.images, likeness, strict=True)]

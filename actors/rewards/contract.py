@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from ray_ddpo.actors.rewards.reward import LoadedReward, RewardMistake
 from ray_ddpo.common.clips import Pixels
-from ray_ddpo.common.input_images import read_inputs
+from ray_ddpo.common.input_images import IMAGE, files_of, read_inputs
 
 SIGNATURE = "(images, prompts, metadata)"
 SCALARS = (int, float, np.number)
@@ -27,18 +27,21 @@ def under_contract(reward: Any, who: str, with_inputs: bool = False) -> LoadedRe
     Args:
         reward: called as `reward(images, prompts, metadata)`.
         who: the reward's name in error messages.
-        with_inputs: call the reward with `inputs` too: the prompts' input images, at the images' size.
+        with_inputs: call the reward with `inputs` too: the prompts' input images, at the images' size. If its `inputs`
+            have a default, they keep it for prompts without images.
 
     Raises:
         RewardMistake: `reward` has another signature. The wrapped reward raises it too, if a result is wrong, and
             ValueError, if an input image cannot be read.
     """
     check_signature(reward, who)
+    required = with_inputs and requires_inputs(reward)
 
     def score(images: Pixels, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
         given = images.copy()
         given.flags.writeable = False
-        inputs = {"inputs": read_inputs(metadata, images.shape[-3:-1])} if with_inputs else {}
+        given_inputs = required or (with_inputs and all(files_of(about, IMAGE) for about in metadata))
+        inputs = {"inputs": read_inputs(metadata, images.shape[-3:-1])} if given_inputs else {}
         return scores_of(reward(given, list(prompts), copy.deepcopy(metadata), **inputs), len(prompts), who)
 
     return score
@@ -47,6 +50,13 @@ def under_contract(reward: Any, who: str, with_inputs: bool = False) -> LoadedRe
 def asks_for_inputs(function: Any) -> bool:
     """Return whether a user's function has a parameter `inputs`, for the prompts' input images."""
     return _has_parameter(function, "inputs")
+
+
+def requires_inputs(function: Any) -> bool:
+    """Return whether a user's function has a parameter `inputs` without a default, so that prompts need input images."""
+    if not asks_for_inputs(function):
+        return False
+    return inspect.signature(function).parameters["inputs"].default is inspect.Parameter.empty
 
 
 def asks_for_clips(function: Any) -> bool:

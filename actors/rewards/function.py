@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 from pydantic import Field, PrivateAttr
 
-from ray_ddpo.actors.rewards.contract import asks_for_clips, asks_for_inputs, check_signature, under_contract
+from ray_ddpo.actors.rewards.contract import (
+    asks_for_clips,
+    asks_for_inputs,
+    check_signature,
+    requires_inputs,
+    under_contract,
+)
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
 from ray_ddpo.common.differentiable_reward import DifferentiableReward
 from ray_ddpo.common.prompts import Prompt, refuse_without_inputs
@@ -17,7 +23,8 @@ from ray_ddpo.common.user_code.by_value import is_by_value, reference, source_of
 class FunctionReward(Reward):
     """Function of your own, called with (images uint8 [B, H, W, 3], prompts, metadata); it returns scores [B].
 
-    If it has a parameter `inputs`, it gets the prompts' input images, at the images' size. If its first parameter is
+    If it has a parameter `inputs`, it gets the prompts' input images, at the images' size; with a default, prompts may
+    have none. If its first parameter is
     called `clips`, it gets complete clips of a video family, uint8 [B, F, H, W, 3].
     A function that no module holds, such as a lambda, is handed over by `FunctionReward.of` and travels by value.
     """
@@ -64,6 +71,7 @@ class FunctionReward(Reward):
             return
         if asks_for_inputs(function):
             self._refuse_inputs_with_gradient()
+        if requires_inputs(function):
             refuse_without_inputs(prompts, self.users_code)
 
     def _refuse_inputs_with_gradient(self) -> None:

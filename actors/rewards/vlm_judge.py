@@ -18,7 +18,7 @@ from ray_ddpo.common.recipe.bounds import Table
 
 DEFAULT_QUESTION = 'Does this image show "{prompt}"? Answer yes or no.'
 EDIT_QUESTION = (
-    'The second image was made from the first one by the instruction "{prompt}". Does the second image follow the '
+    'The last image was made from what stands before it by the instruction "{prompt}". Does the last image follow the '
     "instruction, and keep what it does not ask to change? Answer yes or no."
 )
 
@@ -83,7 +83,7 @@ class VlmJudge(JudgeReward):
     questions: tuple[JudgeQuestion, ...] = ()
     """Questions about each image. The score is their weighted mean. By default one: does the image show the prompt?"""
     show_input: bool = False
-    """Show the prompt's input image before the image. The default question is then whether the edit follows the prompt."""
+    """Show the prompt's input images before the image. The default question is then whether the edit follows the prompt."""
 
     @property
     def shows_input(self) -> bool:

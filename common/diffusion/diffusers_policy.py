@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,7 +70,7 @@ class DiffusersPolicy(Policy):
         network: Any = getattr(pipeline, config.trained_part)
         self.network: Any = (network if has_unread() else network.to(**placed)).eval()
         self.pipeline = pipeline
-        self.reads_inputs = config.reads_inputs
+        self.reads_inputs, self.most_inputs = config.reads_inputs, config.most_inputs
         self.vae: Any = pipeline.vae
         self.text_encoders: list[Any] = [getattr(pipeline, part, None) for part in config.text_parts]
         idle_device = "cpu" if config.offload else device
@@ -86,7 +86,7 @@ class DiffusersPolicy(Policy):
         self.num_train_timesteps = self.steps.num_train_timesteps
         self._stochastic_steps: list[int] = torch.nonzero(self.steps.std() > 0).flatten().tolist()
         self._call = functools.partial(config.network_call(sampling), self.network)
-        self._embeddings: dict[str, Conditioning] = {}
+        self._embeddings: dict[Hashable, Conditioning] = {}
         make_trainable(self.network, config.train, config.lora)
         skip_unit_divisions(self.network)
         self.network.eval()  # again, because adapters from a file may have dropout
@@ -173,21 +173,26 @@ class DiffusersPolicy(Policy):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        # One prompt at a time: in a batch, its last bits would depend on the other prompts.
-        missing = [prompt for prompt in ("", *prompts) if prompt not in self._embeddings]
-        new: dict[str, Conditioning] = {}
-        if missing:
-            with self._at_work(*self.text_encoders):
-                new = {prompt: self._encode(prompt, with_negative=not prompt) for prompt in missing}
-        known = self._embeddings | new
-        for prompt, row in new.items():
-            most = EMBEDDING_BYTES // sum(value.nbytes for value in row.values())
-            if len(self._embeddings) >= max(most, 2):  # drop the oldest, but not the empty prompt: each task needs it
-                del self._embeddings[next(each for each in self._embeddings if each)]
-            self._embeddings[prompt] = row
+        known = self._cached(("", *prompts), lambda prompt: self._encode(prompt, with_negative=not prompt))
         shared = {name: value for name, value in known[""].items() if name.startswith("negative_")}
         names = [name for name in known[""] if name not in shared]
         return {**{name: torch.cat([known[prompt][name] for prompt in prompts]) for name in names}, **shared}
+
+    def _cached(self, keys: Sequence[Any], encode: Callable[[Any], Conditioning]) -> dict[Any, Conditioning]:
+        """Return the text encoders' rows by key, such as the prompt. Those that are not in the cache are encoded."""
+        # One prompt at a time: in a batch, its last bits would depend on the other prompts.
+        missing = [key for key in keys if key not in self._embeddings]
+        new: dict[Hashable, Conditioning] = {}
+        if missing:
+            with self._at_work(*self.text_encoders):
+                new = {key: encode(key) for key in missing}
+        known = {key: new[key] if key in new else self._embeddings[key] for key in keys}
+        for key, row in new.items():
+            most = EMBEDDING_BYTES // sum(value.nbytes for value in row.values())
+            if len(self._embeddings) >= max(most, 2):  # drop the oldest, but not the empty prompt: each task needs it
+                del self._embeddings[next(each for each in self._embeddings if each)]
+            self._embeddings[key] = row
+        return known
 
     def text_readers(self) -> list[TextReader]:
         readers = []

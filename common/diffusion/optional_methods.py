@@ -11,6 +11,7 @@ class OptionalMethods:
     guides_denoising: bool = True
     # Input images that `encode` reads beside a prompt, as its second argument: ("image",) or ("image", "mask").
     reads_inputs: tuple[str, ...] = ()
+    most_inputs: int = 1  # input images of a prompt, at most
 
     num_frames: int = 1  # of what `decode` gives: above 1 it is a video, with an axis of frames
     frame_rate: float = 1.0  # a video's frames a second

@@ -12,7 +12,7 @@ from ray_ddpo.common.diffusion.deterministic_steps import SampledSteps, Step
 from ray_ddpo.common.diffusion.path_kl import PathKL
 from ray_ddpo.common.diffusion.policy import Conditioning, Policy, select_rows
 from ray_ddpo.common.input_images import InputImages, read_inputs
-from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.prompts import Prompt, refuse_more_inputs
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.runtime import to_device
 from ray_ddpo.common.trajectory import DTYPES, Trajectory, adjacent_latents
@@ -123,9 +123,10 @@ def sample_trajectories(
 
 
 def inputs_of(policy: Policy, prompts: Sequence[Prompt]) -> InputImages | None:
-    """Read the prompts' input images, if the policy reads any. Raise ValueError if a prompt has none."""
+    """Read the prompts' input images, if the policy reads any. Raise ValueError if a prompt has none, or too many."""
     if not policy.reads_inputs:
         return None
+    refuse_more_inputs(prompts, policy.most_inputs, type(policy).__name__)
     size = policy.image_size()
     assert size is not None, "a family that reads input images knows the size of its own"
     return read_inputs([prompt.metadata for prompt in prompts], size)

@@ -134,7 +134,12 @@ def _add_run_verbs(verbs: Any) -> None:
     verb.add_argument(
         "--seed", type=int, default=0, help="seed of the first image; each further image has the next one"
     )
-    verb.add_argument("--image", metavar="FILE", help="image that an editing family changes as each prompt says")
+    verb.add_argument(
+        "--image",
+        metavar="FILE",
+        action="append",
+        help="image that an editing family changes as each prompt says; repeated, if it reads several",
+    )
     verb.add_argument("--mask", metavar="FILE", help="its mask for inpainting: white where the image may change")
     verb.add_argument("prompts", nargs="+", metavar="PROMPT")
 

@@ -12,7 +12,7 @@ from ray_ddpo.common.diffusion.prompt_lengths import print_cut_prompts
 from ray_ddpo.common.diffusion.rollout import evaluation_window, inputs_of, sample_trajectories
 from ray_ddpo.common.input_images import check_inputs, with_inputs
 from ray_ddpo.common.print_line import print_line
-from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.prompts import Prompt, refuse_more_inputs
 from ray_ddpo.common.run_storage.run_folder import weights_here
 from ray_ddpo.common.video_files import mp4
 from ray_ddpo.deploy.commands.settings import differing_settings
@@ -30,7 +30,7 @@ def sample(
     seed: int,
     output: str | None,
     overrides: list[str],
-    inputs: Mapping[str, str | None] | None = None,
+    inputs: Mapping[str, str | list[str] | None] | None = None,
 ) -> Iterator[Path]:
     """Sample one image per prompt and yield the path of each as it is written, of a clip after its poster's.
 
@@ -41,7 +41,7 @@ def sample(
         seed: of the first image; each further image has the next one.
         output: the folder for the images; by default `samples` in the run's folder.
         overrides: of the recipe.
-        inputs: the files `image` and `mask` that an editing family reads beside each prompt.
+        inputs: the files `image` (one or several) and `mask` that an editing family reads beside each prompt.
 
     Raises:
         ValueError: There are no weights or there is no recipe, or the input images are not those that the family reads.
@@ -74,7 +74,7 @@ def sample(
             yield path.with_suffix(".mp4")
 
 
-def _edited(policy: Policy, texts: Sequence[str], files: dict[str, str]) -> list[Prompt]:
+def _edited(policy: Policy, texts: Sequence[str], files: dict[str, str | list[str]]) -> list[Prompt]:
     """Return the prompts with their input images. Raise ValueError if the family reads others than are given."""
     if sorted(files) != sorted(policy.reads_inputs):
         reads = " and ".join(f"--{name}" for name in policy.reads_inputs) or "neither --image nor --mask"
@@ -84,7 +84,9 @@ def _edited(policy: Policy, texts: Sequence[str], files: dict[str, str]) -> list
         return [Prompt(text) for text in texts]
     metadata = with_inputs(dict(files), {name: name for name in files}, Path())
     check_inputs([metadata], " and ".join(f"--{name}" for name in files))
-    return [Prompt(text, metadata) for text in texts]
+    prompts = [Prompt(text, metadata) for text in texts]
+    refuse_more_inputs(prompts, policy.most_inputs, type(policy).__name__)
+    return prompts
 
 
 def _file_name(prompt: str) -> str:

@@ -1,7 +1,10 @@
 """Refuse recipes whose prompts and model family do not agree on input images."""
 
+from collections.abc import Sequence
+
 from ray_ddpo.common.diffusion.policy import PolicyConfig
-from ray_ddpo.common.prompts import PromptSource
+from ray_ddpo.common.input_images import IMAGE, files_of
+from ray_ddpo.common.prompts import Prompt, PromptList, PromptSource, refuse_more_inputs
 from ray_ddpo.common.recipe.recipe import Recipe
 
 
@@ -22,4 +25,25 @@ def check_input_images(recipe: Recipe, policy: PolicyConfig, source: PromptSourc
         raise ValueError(
             f"prompts.image_column is {has['image']!r}, and {family} reads no input image: take an editing family, such "
             'as policy.name = "flux_kontext", or leave the key out'
+        )
+
+
+def check_prompt_files(recipe: Recipe, policy: PolicyConfig, source: PromptSource) -> None:
+    """Check the files of the prompts, and that the family can read as many input images as they have.
+
+    Raises:
+        ValueError: a file cannot be used, a prompt has too many images, or numbers differ for a sharded network.
+    """
+    source.check()
+    if not source.input_columns or not isinstance(source, PromptList):
+        return
+    prompts: Sequence[Prompt] = [*source.sampled(), *source.evaluated()]
+    # Another library's family may say nothing: its policy then reads one.
+    refuse_more_inputs(prompts, getattr(policy, "most_inputs", 1), f"policy.name = {recipe.policy.name!r}")
+    counts = {len(files_of(prompt.metadata, IMAGE)) for prompt in source.sampled()}
+    if recipe.learner.shard_weights and len(counts) > 1:
+        # The network runs once for each number, and ranks gather its weights in every run: they would wait for ever.
+        raise ValueError(
+            f"learner.shard_weights is true, and prompts have {' or '.join(map(str, sorted(counts)))} input images: give "
+            "all prompts one number of images, or leave shard_weights out"
         )

@@ -10,6 +10,7 @@ from ray_ddpo.common.recipe.tables import StartFromTable
 from ray_ddpo.common.run_storage.run_code import save_code
 from ray_ddpo.common.run_storage.run_folder import BASE_FILE, RunFolder
 from ray_ddpo.deploy.driver.components import Components
+from ray_ddpo.deploy.driver.input_image_checks import check_prompt_files
 from ray_ddpo.deploy.driver.start_from import EarlierRun, earlier_run
 from ray_ddpo.deploy.driver.warmup_note import warmup_note
 from ray_ddpo.learner.checkpoints.checkpoint import (
@@ -46,7 +47,7 @@ def start_of(folder: RunFolder, components: Components, resume: bool) -> Start:
     """
     if note := warmup_note(components):
         print_line(f"note: {note}")
-    components.prompts.check()
+    check_prompt_files(components.recipe, components.policy, components.prompts)
     if folder.storage.exists(folder.recipe):
         return _resumed(folder, components, resume)
     _refuse_a_run_without_recipe(folder)

@@ -27,6 +27,13 @@ def test_a_curve_is_broken_where_a_round_has_no_value_and_its_band_goes_around_i
     assert charts.chart("t", "c", np.arange(2.0), [charts.RoundSeries("a", np.full(2, math.nan))]) is None
 
 
+def test_the_left_margin_has_room_for_the_longest_tick() -> None:
+    made = charts.chart("t", "c", np.arange(2.0), [charts.RoundSeries("a", np.array([0.0, 2e8]))])
+    assert made is not None and max(text for _, text in made.y_ticks) == "50,000,000"
+    assert made.left >= 6 * len("200,000,000") + charts.GAP and made.x_ticks[0] == (str(made.left), "0")
+    assert made.curves[0].path.startswith(f"M{made.left} ")
+
+
 def test_a_long_run_is_averaged_and_says_so() -> None:
     values = np.arange(1000.0)
     assert charts.binned(values)[:2].tolist() == [2.0, 7.0] and len(charts.binned(values)) == charts.POINTS

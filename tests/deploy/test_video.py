@@ -116,6 +116,14 @@ def test_the_report_has_clips_that_play_with_their_posters(run: Path) -> None:
     assert (run / "report" / "before_after.png").exists() and (run / "report" / "versions.png").exists()
 
 
+def test_the_report_calls_clips_clips(run: Path) -> None:
+    page = (run / "report" / "report.html").read_text()
+    read = re.sub(r"<style>.*?</style>|<script>.*?</script>|<pre>.*?</pre>|<[^>]*>", "", page, flags=re.DOTALL)
+    assert "held-out clips, sampled with the same prompts" in read and "clips that gained" in read
+    assert re.findall(r".*\bimages?\b.*", read) == []
+    assert json.loads((run / "report" / "summary.json").read_text())["made"] == "clips"
+
+
 def test_sample_and_evaluate_write_clips(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sample", "--lora", str(run), "--output", str(tmp_path / "samples"), "a cat"]) == 0
     image, clip = sorted((tmp_path / "samples").iterdir(), key=lambda path: path.suffix, reverse=True)

@@ -30,7 +30,7 @@ PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")  # not the braces of a JSON obje
 MILLION = 1_000_000
 SHOWN_QUESTION = 80  # characters in an error
 Metadata = dict[str, Any]
-Shown = tuple[UInt8[np.ndarray, "H W 3"], ...]  # the image that is judged, after its input image if that is shown
+Shown = tuple[UInt8[np.ndarray, "H W 3"], ...]  # the image that is judged, after its input images if they are shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class JudgeReward(Reward):
 
     @property
     def shows_input(self) -> bool:
-        """True if a prompt's input image is shown before the image that was made of it."""
+        """True if a prompt's input images are shown before the image that was made of them."""
         return False
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
@@ -160,7 +160,7 @@ class Judge:
         shown: list[Shown] = [(image,) for image in images]
         if self._settings.shows_input:
             inputs = read_inputs(metadata, images.shape[1:3])
-            shown = list(zip(inputs.pixels, images, strict=True))
+            shown = [(*before, image) for before, image in zip(inputs.images, images, strict=True)]
         with ThreadPoolExecutor(min(self._settings.requests_at_once, len(images))) as pool:
             scores = list(pool.map(self._score, shown, filled))
         return np.array(scores, dtype=np.float32)

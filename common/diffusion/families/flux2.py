@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
-from ray_ddpo.common.diffusion.editing_policy import EditingPolicy
 from ray_ddpo.common.diffusion.families.flux2_published import DEV, KLEIN_4B, KLEIN_9B, KLEIN_BASE_4B, KLEIN_BASE_9B
 from ray_ddpo.common.diffusion.families.masked_text import with_negative_rows
 from ray_ddpo.common.diffusion.families.packing import PATCH
@@ -21,6 +20,7 @@ from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.policy import Conditioning
 from ray_ddpo.common.diffusion.prompt_lengths import TextReader, tokens_before
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable
+from ray_ddpo.common.diffusion.several_inputs import ReadsSeveralInputs, SeveralInputsPolicy, input_shapes
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 OWN_LATENT_SIZE = 64  # not in the configuration: images of 1024² pixels
@@ -45,13 +45,15 @@ def call_transformer(
     timesteps: Tensor,
     prompt_embeds: Tensor,
     input_latents: Tensor | None = None,
+    input_fillers: Tensor | None = None,
 ) -> Tensor:
     """Return the velocity prediction per row. A `guidance_scale` is an input of the network.
 
-    Tokens of an input image stand behind those of the latents, and what the network says of them is ignored.
+    Tokens of input images stand behind those of the latents, and what the network says of them is ignored. None of the
+    images is a filler.
     """
     height, width = latents.shape[-2:]
-    images = [latents] if input_latents is None else [latents, input_latents]
+    images = [latents] if input_latents is None else [latents, *input_latents.unbind(1)]
     image, text = token_places(height, width, prompt_embeds.shape[1], latents.device, len(images))
     guidance = None
     if guidance_scale is not None:
@@ -242,26 +244,24 @@ class Flux2Klein(Klein):
     """FLUX.2-klein, which makes images of text."""
 
 
-class Flux2EditPolicy(EditingPolicy, Flux2Policy):
-    """A loaded pipeline of FLUX.2 that gets one reference image a prompt."""
-
-    def _encode_input(self, pixels: Float[Tensor, "1 3 H2 W2"], mask: Float[Tensor, "1 1 H2 W2"]) -> Conditioning:
-        return {"input_latents": self._latents_of(pixels)}
+class Flux2EditPolicy(SeveralInputsPolicy, Flux2Policy):
+    """A loaded pipeline of FLUX.2 that gets reference images."""
 
 
-class ReadsImage(Flux2Config):
-    """What a family adds for the reference image, which has the output's size."""
+class ReadsImages(ReadsSeveralInputs, Flux2Config):
+    """What a family adds for reference images, which have the output's size."""
 
     reads_inputs: ClassVar[tuple[str, ...]] = ("image",)
     policy_class: ClassVar[type[DiffusersPolicy]] = Flux2EditPolicy
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        return super().conditioning_shapes(configs) | {"input_latents": self.latent_shape(configs["transformer"])}
+        inputs = input_shapes(self.latent_shape(configs["transformer"]), self.most_inputs)
+        return super().conditioning_shapes(configs) | inputs
 
 
-class Flux2Edit(ReadsImage, Flux2Dev):
-    """FLUX.2-dev, which edits an input image."""
+class Flux2Edit(ReadsImages, Flux2Dev):
+    """FLUX.2-dev, which edits an input image, or reads several."""
 
 
-class Flux2KleinEdit(ReadsImage, Klein):
-    """FLUX.2-klein, which edits an input image."""
+class Flux2KleinEdit(ReadsImages, Klein):
+    """FLUX.2-klein, which edits an input image, or reads several."""

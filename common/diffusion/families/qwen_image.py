@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
-from ray_ddpo.common.diffusion.editing_policy import EditingPolicy, joined_rows
+from ray_ddpo.common.diffusion.editing_policy import joined_rows
 from ray_ddpo.common.diffusion.families.masked_text import MaskedTextPolicy, masked_rows
 from ray_ddpo.common.diffusion.families.normalized_latents import NormalizedLatentsPolicy
 from ray_ddpo.common.diffusion.families.packing import PATCH, packed, unpacked
@@ -23,6 +24,13 @@ from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.policy import Conditioning
 from ray_ddpo.common.diffusion.prompt_lengths import TextReader, tokens_before
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable
+from ray_ddpo.common.diffusion.several_inputs import (
+    FILLERS,
+    LATENTS,
+    ReadsSeveralInputs,
+    SeveralInputsPolicy,
+    input_shapes,
+)
 from ray_ddpo.common.input_images import InputImages
 from ray_ddpo.common.recipe.tables import SamplingTable
 
@@ -47,7 +55,7 @@ QWEN_IMAGE: Configs = {
     "text_encoder": QWEN_25_VL_7B,
 }
 
-IMAGE_MARK = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"  # before the prompt, in the later versions
+IMAGE_MARK = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"  # before the prompt, in the later versions
 # As in the file of Qwen/Qwen-Image-Edit.
 PROCESSOR = {"min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 14, "merge_size": 2}
 ZERO_CONDITION: Configs = QWEN_IMAGE | {"transformer": QWEN_IMAGE["transformer"] | {"zero_cond_t": True}}
@@ -63,10 +71,10 @@ def call_transformer(
 ) -> Tensor:
     """Return the transformer's velocity prediction per row. The mask is above 0 at the tokens of the prompt.
 
-    Tokens of an input image stand behind those of the latents, and what the network says of them is ignored.
+    Tokens of input images stand behind those of the latents, and what the network says of them is ignored.
     """
     height, width = latents.shape[-2:]
-    images = [latents] if input_latents is None else [latents, input_latents]
+    images = [latents] if input_latents is None else [latents, *input_latents.unbind(1)]
     hidden_states = torch.cat([packed(image) for image in images], dim=1)
     tokens = network(
         hidden_states=hidden_states,
@@ -178,43 +186,45 @@ def call_editing_transformer(
     input_prompt_embeds: Tensor,
     input_prompt_embeds_mask: Tensor,
     input_latents: Tensor,
+    input_fillers: Tensor | None = None,
 ) -> Tensor:
-    """Return the transformer's velocity prediction per row."""
+    """Return the transformer's velocity prediction per row. None of the images is a filler."""
     return call_transformer(network, latents, timesteps, input_prompt_embeds, input_prompt_embeds_mask, input_latents)
 
 
-class QwenImageEditPolicy(EditingPolicy, QwenImagePolicy):
-    """A loaded QwenImageEditPipeline. The states of a prompt depend on its input image, and so do those of the negative."""
+class QwenImageEditPolicy(SeveralInputsPolicy, QwenImagePolicy):
+    """A loaded QwenImageEditPipeline. The states of a prompt depend on its input images, and so do those of the negative."""
 
     config: "QwenImageEditFamily"
 
     def _encode_texts(self, prompts: list[str], inputs: InputImages) -> Conditioning:
-        """Return the states of each prompt, and with guidance those of the negative prompt, beside the input image."""
-        images = [Image.fromarray(pixels) for pixels in inputs.pixels]
+        """Return the states of each prompt, and with guidance those of the negative prompt, beside the input images."""
         negative = UNCONDITIONAL if self.negative_prompt is None else self.negative_prompt
-        with self._at_work(*self.text_encoders):
-            texts = zip(prompts, images, strict=True)
-            found = joined_rows([self._states(prompt, image, INPUT) for prompt, image in texts])
-            if self.branches == 2:
-                found |= joined_rows([self._states(negative, image, NEGATIVE + INPUT) for image in images])
+        branches = {INPUT: prompts, NEGATIVE + INPUT: [negative] * len(prompts)}
+        found: Conditioning = {}
+        for prefix in list(branches)[: self.branches]:
+            keys = [(prefix, *row) for row in zip(branches[prefix], inputs.contents, strict=True)]
+            images = dict(zip(keys, inputs.images, strict=True))
+            known = self._cached(list(images), lambda key, images=images: self._states(key[1], images[key], key[0]))
+            found |= joined_rows([known[key] for key in keys])
         return found
 
-    def _states(self, text: str, image: Image.Image, prefix: str) -> Conditioning:
-        """Return the language model's states of a text with an image. Their names begin with `prefix`."""
-        length, size = self.config.row_length(self.image_size()), self.config.shown_size(self.image_size())
-        shown = self.pipeline.image_processor.resize(image, *size)
-        embeds, _ = self.pipeline.encode_prompt(text, image=shown, device=self.device)
-        return {prefix + name: row for name, row in masked_rows(embeds[:, :length], length).items()}
+    def _states(self, text: str, images: UInt8[np.ndarray, "N H W 3"], prefix: str) -> Conditioning:
+        """Return the language model's states of a text with images. Their names begin with `prefix`."""
+        size = self.config.shown_size(self.image_size())
+        shown = [self.pipeline.image_processor.resize(Image.fromarray(image), *size) for image in images]
+        embeds, _ = self.pipeline.encode_prompt(text, image=shown if len(shown) > 1 else shown[0], device=self.device)
+        length, longest = (self.config.row_length(self.image_size(), n) for n in (len(shown), self.most_inputs))
+        return {prefix + name: row for name, row in masked_rows(embeds[:, :length], longest).items()}
 
     def text_readers(self) -> list[TextReader]:
         pipeline = self.pipeline
+        most = self.most_inputs
         # The mark of an image is one of these tokens, and the image's own have places beside.
-        template = pipeline.prompt_template_encode.format(f"{self.config.image_mark}{{}}").format
+        marks = "".join(self.config.image_mark.format(number) for number in range(1, most + 1))
+        template = pipeline.prompt_template_encode.format(f"{marks}{{}}").format
         before = tokens_before(pipeline.tokenizer, template) - pipeline.prompt_template_encode_start_idx
-        return [TextReader("text_encoder", pipeline.tokenizer, self.config.max_sequence_length - before + 1)]
-
-    def _encode_input(self, pixels: Float[Tensor, "1 3 H2 W2"], mask: Float[Tensor, "1 1 H2 W2"]) -> Conditioning:
-        return {"input_latents": self._latents_of(pixels)}
+        return [TextReader("text_encoder", pipeline.tokenizer, self.config.max_sequence_length - before + most)]
 
 
 class QwenImageEditFamily(QwenImageFamily):
@@ -223,19 +233,19 @@ class QwenImageEditFamily(QwenImageFamily):
     reads_inputs: ClassVar[tuple[str, ...]] = ("image",)
     policy_class: ClassVar[type[DiffusersPolicy]] = QwenImageEditPolicy
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "processor")
-    image_mark: ClassVar[str]  # text that stands for the image before the prompt, unless the template has it
+    image_mark: ClassVar[str]  # text that stands for a numbered image before the prompt, unless the template has it
 
     def shown_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return height and width of the image that the language model sees, for an input image of this size."""
         return size
 
-    def row_length(self, size: tuple[int, int]) -> int:
-        """Return how many states of the language model the network reads, for an input image of this size."""
+    def row_length(self, size: tuple[int, int], images: int) -> int:
+        """Return how many states of the language model the network reads, for so many input images of this size."""
         from ray_ddpo.common.diffusion.loading.image_text_reader import image_tokens
 
         file = self.folder() / "processor" / "preprocessor_config.json"
         keys = read_object(file) if file.is_file() else PROCESSOR
-        return image_tokens(keys, self.shown_size(size)) + self.max_sequence_length
+        return images * image_tokens(keys, self.shown_size(size)) + self.max_sequence_length
 
     def made_parts(self, folder: Path) -> dict[str, Any]:
         from ray_ddpo.common.diffusion.loading.image_text_reader import image_text_reader
@@ -247,13 +257,13 @@ class QwenImageEditFamily(QwenImageFamily):
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         channels, *sides = self.latent_shape(configs["transformer"])
-        length = self.row_length((self.scale_factor * sides[0], self.scale_factor * sides[1]))
+        length = self.row_length((self.scale_factor * sides[0], self.scale_factor * sides[1]), self.most_inputs)
         width = configs["transformer"]["joint_attention_dim"]
         texts = {f"{INPUT}prompt_embeds": (length, width), f"{INPUT}prompt_embeds_mask": (length,)}
-        return texts | {"input_latents": (channels, *sides)}
+        return texts | input_shapes((channels, *sides), self.most_inputs)
 
     def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        return shapes | {NEGATIVE + name: shape for name, shape in shapes.items() if name != "input_latents"}
+        return shapes | {NEGATIVE + name: shape for name, shape in shapes.items() if name not in (LATENTS, FILLERS)}
 
 
 class QwenImageEdit(QwenImageEditFamily):
@@ -264,8 +274,8 @@ class QwenImageEdit(QwenImageEditFamily):
     published: ClassVar[dict[str, Configs]] = {"Qwen/Qwen-Image-Edit": QWEN_IMAGE}
 
 
-class QwenImageEditPlus(QwenImageEditFamily):
-    """Qwen-Image-Edit-2509 and -2511, whose language model sees a small copy of the input image."""
+class QwenImageEditPlus(ReadsSeveralInputs, QwenImageEditFamily):
+    """Qwen-Image-Edit-2509 and -2511, whose language model sees a small copy of each input image."""
 
     pipeline_class: ClassVar[str] = "QwenImageEditPlusPipeline"
     image_mark: ClassVar[str] = IMAGE_MARK

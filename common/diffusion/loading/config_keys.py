@@ -103,6 +103,7 @@ UNET = (
     Rule("unet", "encoder_hid_dim_type", (None, "text_proj"), IMAGES),
 )
 COLORS = "images have 3 channels, red, green and blue"
+SQUARES = Rule("vae", "patch_size", (None, [2, 2], (2, 2)), "the network's tokens are squares of 2 × 2 latents")
 RULES: dict[str, tuple[Rule, ...]] = {
     "SanaPipeline": (
         Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),
@@ -111,7 +112,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     **dict.fromkeys(QWEN_PIPELINES, (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),)),
     LTX_PIPELINE: tuple(Rule("transformer", key, (None, 1), TOKENS) for key in ("patch_size", "patch_size_t")),
     "WanPipeline": tuple(Rule("transformer", key, (None,), IMAGES) for key in ("image_dim", "added_kv_proj_dim")),
-    "Flux2KleinPipeline": (Rule("transformer", "guidance_embeds", (False,), GUIDANCE_INPUT),),
+    "Flux2Pipeline": (SQUARES,),
+    "Flux2KleinPipeline": (SQUARES, Rule("transformer", "guidance_embeds", (False,), GUIDANCE_INPUT)),
     "ZImagePipeline": (Rule("transformer", "siglip_feat_dim", (None,), IMAGES),),
     **dict.fromkeys(
         ("StableDiffusionPipeline", INPAINTING),
@@ -197,7 +199,7 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     for rule in RULES.get(config.pipeline_class, ()):
         value = parts.get(rule.part, {}).get(rule.key)
         if rule.part in parts and value not in rule.allowed:
-            allowed = " or ".join(json.dumps(value) for value in rule.allowed)
+            allowed = " or ".join(dict.fromkeys(json.dumps(value) for value in rule.allowed))
             yield f"{_file(rule.part)} has {rule.key}={value!r}: {rule.reason}; it must be {allowed}"
     for name in (config.network_name, "vae", *config.text_parts):
         if parts.get(name, {}).get("quantization_config"):
@@ -244,6 +246,8 @@ def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
     if _value(config, parts, "vae", "out_channels") != 3:
         yield f"vae/config.json has out_channels={vae['out_channels']!r}: {COLORS}"
     if config.pipeline_class in BATCH_NORMALIZED:
+        if not is_number(epsilon := vae.get("batch_norm_eps", 0.0)):
+            yield f"vae/config.json has batch_norm_eps={epsilon!r}, which is added to variances: it must be a number"
         return
     shift = vae.get("shift_factor", 0.0 if vae.get("_class_name") == "AutoencoderTiny" else None)
     if adds_shift and shift is None:

@@ -207,6 +207,11 @@ class DiffusersConfig(PolicyConfig):
         keys = {"resolution": (self.resolution,) * 2, "height": (self.height, None), "width": (None, self.width)}
         return {key: sides for key, sides in keys.items() if sides != (None, None)}
 
+    @property
+    def most_inputs(self) -> int:
+        """Return how many input images a prompt may have, if the family reads any."""
+        return 1
+
     def check_size(self) -> None:
         """Raise ValueError if the model does not support the size. The message names the nearest supported sizes."""
         for key, sides in self.given_sizes.items():

@@ -53,6 +53,7 @@ from ray_ddpo.deploy.commands.doctor.resources import (
 from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes, plan_of_components
 from ray_ddpo.deploy.driver.cluster import attach, attaches, check_temporary_folder
 from ray_ddpo.deploy.driver.components import Components, build_reward, check_packages, components_of
+from ray_ddpo.deploy.driver.input_image_checks import check_prompt_files
 from ray_ddpo.deploy.driver.numerics_notes import rows_note
 from ray_ddpo.deploy.driver.workers import place_options
 from ray_ddpo.learner.algorithms.policy_gradient import PolicyGradient
@@ -130,7 +131,7 @@ def _component_findings(components: Components) -> Iterator[Finding | MeasuredNo
 
 def _prompt_findings(components: Components, sampled: list[Prompt]) -> Iterator[Finding]:
     """Sample the prompts of run and evaluation, and append the first to `sampled`. Yields no finding."""
-    components.prompts.check()
+    check_prompt_files(components.recipe, components.policy, components.prompts)
     task = round_tasks(components.recipe, 0, components.prompts.load())[0]
     sampled += task.prompts[:TRIED]
     build_eval_set(components.recipe.evaluation, components.prompts)

@@ -90,7 +90,7 @@ def _context(run: Published) -> dict[str, Any]:
         "facts": _facts(run),
         "rewards": _rewards(recipe, run.stats["scorers"]),
         "stats": run.stats,
-        "made": "clips" if run.policy.has_frames else "images",
+        "made": _made(run.policy),
         "guard": _guard(run),
         "alarms": alarm_rows(evaluated_versions(run.folder)),
         "recipe_text": run.recipe_text.strip(),
@@ -98,6 +98,10 @@ def _context(run: Published) -> dict[str, Any]:
         "license": license_of(recipe),
         "model_license": recipe.push.license is None,
     }
+
+
+def _made(policy: PolicyConfig) -> str:
+    return "clips" if policy.has_frames else "images"
 
 
 def _facts(run: Published) -> list[tuple[str, str]]:
@@ -110,7 +114,7 @@ def _facts(run: Published) -> list[tuple[str, str]]:
         ("base model", base_model(recipe) or run.policy.model),
         ("trained", adapter),
         ("algorithm", recipe.algorithm.name),
-        ("rounds", f"{len(rounds)} of {recipe.rounds}, {images:,.0f} images trained on"),
+        ("rounds", f"{len(rounds)} of {recipe.rounds}, {images:,.0f} {_made(run.policy)} trained on"),
         ("prompts", recipe.prompts.name),
         ("sampling", f"{sampling.num_steps} steps, {_noise(sampling)}, guidance {sampling.guidance_scale:g}"),
         ("learning rate", f"{recipe.learner.learning_rate:g}"),
@@ -222,6 +226,8 @@ def _sampling_lines(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> lis
     """Return the call of the pipeline with the run's sampling settings, and the line that saves what it makes."""
     sampling, keys = recipe.sampling, [f"prompt={prompt!r}"]  # by name: some pipelines take an image first
     keys += [f'{INPUT_ARGUMENTS[name]}=Image.open("{name}.png")' for name in policy.reads_inputs]
+    if policy.most_inputs > 1:
+        keys[1] = f'image=[Image.open(f"image_{{number}}.png") for number in range({policy.most_inputs})]'
     keys.append(f"num_inference_steps={sampling.num_steps}")
     sides = policy.latent_shape(policy.part_config(policy.network_name))[-2:]
     height, width = (policy.scale_factor * side for side in sides)

@@ -15,7 +15,8 @@ from ray_ddpo.deploy.commands.report.numbers import number, tick
 
 Metrics = dict[str, float]
 WIDTH, HEIGHT = 340, 190  # of the SVG; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 54, 10, 8, 24  # margins outside the axes
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 8, 24  # margins outside the axes; the left one is wider if ticks are long
+LETTER, GAP = 6, 6  # widths of a tick's letter, and of the space between ticks and axis
 POINTS = 200  # longer curves are averaged down to this many points
 DOTS = 40  # curves of more points have no dots
 
@@ -50,6 +51,7 @@ class Chart:
     y_ticks: list[tuple[str, str]]
     in_words: str
     along: str = "round"  # unit of the horizontal axis
+    left: int = LEFT  # margin that has room for the longest tick
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,16 @@ class Strip:
     busy: float  # mean share; NaN if unknown
 
 
-def run_charts(rounds: list[Metrics], rewards: Sequence[str]) -> list[Chart]:
+def run_charts(rounds: list[Metrics], rewards: Sequence[str], kind: str = "image") -> list[Chart]:
     """Chart a run's metrics: rewards with a band, KL, clip fraction, seconds by part.
 
-    Charts without values are left out.
+    Charts without values are left out. `kind` is what the model makes, "image" or "clip".
     """
 
     def series(metric: str, name: str, deviation: str | None = None) -> RoundSeries:
         return RoundSeries(name, column(rounds, metric), column(rounds, deviation) if deviation else None)
 
-    band = "mean of the training images ± their standard deviation"
+    band = f"mean of the training {kind}s ± their standard deviation"
     wanted = [("reward", band, [series("reward/mean", "reward", "reward/std")])]
     if len(rewards) > 1:
         wanted += [
@@ -79,17 +81,17 @@ def run_charts(rounds: list[Metrics], rewards: Sequence[str]) -> list[Chart]:
     wanted += [
         (
             "spread of rewards",
-            "standard deviation over all images of a round, and the mean of those within groups",
-            [series("reward/std", "all images"), series("reward/group_std", "within groups")],
+            f"standard deviation over all {kind}s of a round, and the mean of those within groups",
+            [series("reward/std", f"all {kind}s"), series("reward/group_std", "within groups")],
         ),
         (
             "groups",
-            "share of groups whose images all have the same reward, and of images with the best reward",
+            f"share of groups whose {kind}s all have the same reward, and of {kind}s with the best reward",
             [series("reward/zero_std_groups", "without spread"), series("reward/saturation", "saturation")],
         ),
         (
             "KL",
-            "nats a denoising step; an unbiased estimate from the round's images, so noise may put it below 0",
+            f"nats a denoising step; an unbiased estimate from the round's {kind}s, so noise may put it below 0",
             [series("kl_nats", "of the update"), series("kl_reference_nats", "to the pretrained model")],
         ),
         (
@@ -132,8 +134,9 @@ def chart(
         for line in lines
     ]
     edges = np.concatenate([_edges(line) for line in shown])
-    x_scale, x_ticks = _axis(at, (LEFT, WIDTH - RIGHT), integer=True)
     y_scale, y_ticks = _axis(edges, (HEIGHT - BOTTOM, TOP), integer=False)
+    left = max([LEFT, *(LETTER * len(text) + GAP for _, text in y_ticks)])
+    x_scale, x_ticks = _axis(at, (left, WIDTH - RIGHT), integer=True)
     return Chart(
         title,
         caption,
@@ -142,6 +145,7 @@ def chart(
         y_ticks,
         "; ".join(_in_words(line, along) for line in lines),
         along,
+        left,
     )
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ray_ddpo.common.clips import ImageOrClip, Pixels, are_clips, is_clip, poster
 from ray_ddpo.common.video_files import mp4, playable
-from ray_ddpo.deploy.commands.report.images import lettering, shown_input
+from ray_ddpo.deploy.commands.report.images import lettering, shown_inputs
 from ray_ddpo.deploy.evaluation.eval_result import EvalComparison
 
 PAIRS = 36  # of the gallery
@@ -34,7 +34,7 @@ class ImagePair:
     reward_after: float
     width: int
     height: int
-    input: str = ""  # the prompt's input image with its mask tinted, if the model edits one
+    inputs: tuple[str, ...] = ()  # the prompt's input images, the first with its mask tinted, if the model edits any
     clip_before: str = ""  # the clips as data URIs, whose posters are `before` and `after`; else empty
     clip_after: str = ""
     number: str = ""  # shown in place of the prompt in before_after.png, if its fonts lack the letters
@@ -101,5 +101,5 @@ def _pair(comparison: EvalComparison, score: str, index: int) -> ImagePair:
         height=height,
         clip_before=clip_uri(comparison.before[index], comparison.frame_rate),
         clip_after=clip_uri(comparison.after[index], comparison.frame_rate),
-        input="" if (shown := shown_input(comparison, index)) is None else data_uri(shown),
+        inputs=tuple(map(data_uri, shown_inputs(comparison, index))),
     )

@@ -53,8 +53,8 @@ def before_after_image(comparison: EvalComparison, path: Path) -> None:
 
     shown = min(len(comparison.before), 3 * COLUMNS)
     rows = -(-shown // COLUMNS)
-    inputs = [shown_input(comparison, index) for index in range(shown)]
-    tall = 3 if any(each is not None for each in inputs) else 2
+    inputs = [shown_inputs(comparison, index) for index in range(shown)]
+    tall = 3 if any(inputs) else 2
     size = (1.25 * COLUMNS, 1.45 * tall * rows + 0.5)
     figure, axes = plt.subplots(tall * rows, COLUMNS, figsize=size, squeeze=False)
     before, after = posters(comparison.before[:shown]), posters(comparison.after[:shown])
@@ -66,8 +66,8 @@ def before_after_image(comparison: EvalComparison, path: Path) -> None:
         row, column = tall * (index // COLUMNS), index % COLUMNS
         *over, above, below = axes[row : row + tall, column]
         above.imshow(before[index], interpolation="nearest")
-        if over and (pixels := inputs[index]) is not None:
-            over[0].imshow(pixels, interpolation="nearest")
+        if over and inputs[index]:
+            over[0].imshow(np.concatenate(inputs[index], axis=1), interpolation="nearest")
         _write_above(over[0] if over else above, written, index)
         below.imshow(after[index], interpolation="nearest")
         below.set_title(f"{change[index]:+.2f}", fontsize=7, pad=1, color="green" if change[index] > 0 else "firebrick")
@@ -81,15 +81,15 @@ def before_after_image(comparison: EvalComparison, path: Path) -> None:
     plt.close(figure)
 
 
-def shown_input(comparison: EvalComparison, index: int) -> UInt8[np.ndarray, "H W 3"] | None:
-    """Return the input image of a held-out prompt, tinted where its mask lets it change; None if it has none."""
+def shown_inputs(comparison: EvalComparison, index: int) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """Return the input images of a held-out prompt, the first tinted where its mask lets it change; empty if none."""
     about = comparison.chosen.prompts[index].metadata
     if IMAGE + CONTENT not in about:
-        return None
+        return []
     height, width = comparison.before[index].shape[-3:-1]
     inputs = read_inputs([about], (height, width))
-    tint, pixels = np.array(TINT, np.uint8), inputs.pixels[0]
-    return np.where(inputs.masks[0][..., None], pixels // 2 + tint // 2, pixels)
+    tint, (pixels, *further) = np.array(TINT, np.uint8), inputs.images[0]
+    return [np.where(inputs.masks[0][..., None], pixels // 2 + tint // 2, pixels), *further]
 
 
 def _write_above(axis: Any, written: Lettering, index: int) -> None:
@@ -142,8 +142,8 @@ def rows_image(rows: list[ImageRow], path: Path, prompts: list[str] | None = Non
     plt.close(figure)
 
 
-def reward_curve(rounds: list[dict[str, Any]], path: Path) -> None:
-    """Plot the mean reward of each round's images, with a band of one standard error."""
+def reward_curve(rounds: list[dict[str, Any]], path: Path, made: str = "images") -> None:
+    """Plot the mean reward of what each round made, images or clips, with a band of one standard error."""
     from matplotlib import pyplot as plt
 
     images = np.cumsum([metrics["images"] for metrics in rounds])
@@ -152,8 +152,8 @@ def reward_curve(rounds: list[dict[str, Any]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
     axis.plot(images, mean, marker="o", markersize=3)
     axis.fill_between(images, mean - error, mean + error, alpha=0.25, label="± one standard error of the round's mean")
-    axis.set_xlabel("images sampled")
-    axis.set_ylabel("reward of the training images")
+    axis.set_xlabel(f"{made} sampled")
+    axis.set_ylabel(f"reward of the training {made}")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()

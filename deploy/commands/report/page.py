@@ -60,21 +60,22 @@ def _context(run: FinishedRun, comparison: EvalComparison) -> dict[str, Any]:
     """Return the values of the template's names."""
     found = scores(comparison, run.recipe)
     recipe_text = read_text(run.folder.storage, run.folder.recipe)
-    score = headline(run.recipe)
+    score, kind = headline(run.recipe), "image" if comparison.frame_rate is None else "clip"
     worst, best = worst_and_best(comparison, score)
     script = (HERE / "page.js").read_text(encoding="utf-8")
     return {
         "run": run,
         "recipe": run.recipe,
         "scores": found,
-        "sentences": [*summary_in_words(found, run.rounds), *guard_sentences(run.folder), *_start(run.recipe)],
-        "charts": charts.run_charts(run.rounds, [table.called for table in run.recipe.all_rewards]),
+        "sentences": [*summary_in_words(found, run.rounds, kind), *guard_sentences(run.folder), *_start(run.recipe)],
+        "charts": charts.run_charts(run.rounds, [table.called for table in run.recipe.all_rewards], kind),
         "evaluation": evaluation_section(run.folder, run.recipe),
-        "chart_size": (charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
+        "chart_size": (charts.WIDTH, charts.HEIGHT, charts.RIGHT),
         "pairs": gallery(comparison, score),
         "images": len(comparison.before),
         "reduced": are_reduced(comparison.before),
-        "clips": comparison.frame_rate is not None,
+        "clips": kind == "clip",
+        "kind": kind,
         "worst": worst,
         "best": best,
         "held_out": held_out_table(comparison, score),
@@ -113,14 +114,14 @@ def versions(recipe_text: str) -> list[tuple[str, str]]:
     return found
 
 
-def summary_in_words(found: list[Score], rounds: list[Metrics]) -> list[str]:
-    """Return the summary's sentences, the most important first."""
+def summary_in_words(found: list[Score], rounds: list[Metrics], kind: str = "image") -> list[str]:
+    """Return the summary's sentences, the most important first. `kind` is what was scored, "image" or "clip"."""
     reward = found[0]
-    sentences = [_verdict(reward), _images(reward)]
-    sentences += [_score_sentence(score) for score in found[1:]]
-    sentences += [_floor(score) for score in found if score.floor is not None]
-    sentences += _suspicion(reward, [score for score in found if not score.trained_on])
-    return [*sentences, _training(rounds), *_dropped(rounds)]
+    sentences = [_verdict(reward, kind), _images(reward, kind)]
+    sentences += [_score_sentence(score, kind) for score in found[1:]]
+    sentences += [_floor(score, kind) for score in found if score.floor is not None]
+    sentences += _suspicion(reward, [score for score in found if not score.trained_on], kind)
+    return [*sentences, _training(rounds, kind), *_dropped(rounds, kind)]
 
 
 def what_waits(rounds: list[Metrics], recipe: Recipe) -> str:
@@ -128,12 +129,12 @@ def what_waits(rounds: list[Metrics], recipe: Recipe) -> str:
     return bottleneck(rounds, roles_of(recipe), has_cores_to_overlap(recipe))
 
 
-def _verdict(reward: Score) -> str:
+def _verdict(reward: Score, kind: str) -> str:
     """Say how the headline reward changed."""
     name = "" if reward.name == WEIGHTED_SUM else f" {reward.name}"
     return (
-        f"On {reward.images} held-out images, sampled with the same prompts and the same noise, the reward{name} "
-        f"{_moved(reward)}: {_certainty(reward)}."
+        f"On {reward.images} held-out {kind}s, sampled with the same prompts and the same noise, the reward{name} "
+        f"{_moved(reward)}: {_certainty(reward, kind)}."
     )
 
 
@@ -145,10 +146,10 @@ def _moved(score: Score) -> str:
     return f"{verb} from {number(score.before)} to {number(score.after)}{how_much}"
 
 
-def _certainty(score: Score) -> str:
+def _certainty(score: Score, kind: str) -> str:
     """Say whether a change may be chance."""
     if score.errors is None:
-        return "every image changed alike" if score.change else "no image changed"
+        return f"every {kind} changed alike" if score.change else f"no {kind} changed"
     size = f"{signed(score.errors)} paired standard errors"
     if abs(score.errors) >= CERTAIN:
         return f"{size}, more than chance"
@@ -157,47 +158,47 @@ def _certainty(score: Score) -> str:
     return f"{size}, which cannot be told from chance"
 
 
-def _images(reward: Score) -> str:
+def _images(reward: Score, kind: str) -> str:
     same = reward.images - reward.higher - reward.lower
     equal = f", {same} the same" if same else ""
-    return f"{reward.higher} images have a higher reward than before, {reward.lower} a lower one{equal}."
+    return f"{reward.higher} {kind}s have a higher reward than before, {reward.lower} a lower one{equal}."
 
 
-def _score_sentence(score: Score) -> str:
+def _score_sentence(score: Score, kind: str) -> str:
     part = "" if score.trained_on else ", which was not trained on,"
-    kept = f" Of the images with 1 before, {percent(score.kept)} still have it." if score.kept is not None else ""
-    return f"{score.name}{part} {_moved(score)}: {_certainty(score)}.{kept}"
+    kept = f" Of the {kind}s with 1 before, {percent(score.kept)} still have it." if score.kept is not None else ""
+    return f"{score.name}{part} {_moved(score)}: {_certainty(score, kind)}.{kept}"
 
 
-def _floor(score: Score) -> str:
+def _floor(score: Score, kind: str) -> str:
     return (
-        f"{percent(score.below_after)} of the images are below the floor {tick(score.floor)} of {score.name}; "
+        f"{percent(score.below_after)} of the {kind}s are below the floor {tick(score.floor)} of {score.name}; "
         f"{percent(score.below_before)} were before."
     )
 
 
-def _suspicion(reward: Score, scorers: list[Score]) -> list[str]:
+def _suspicion(reward: Score, scorers: list[Score], kind: str) -> list[str]:
     """Point out possible reward hacking: the reward rose while a scorer that is not trained on fell."""
     fell = [score.name for score in scorers if score.errors is not None and score.errors <= -LIKELY]
     if not fell or (reward.errors or 0) < LIKELY:
         return []
-    return [f"The reward rose while {' and '.join(fell)} fell: this may be reward hacking, so look at the images."]
+    return [f"The reward rose while {' and '.join(fell)} fell: this may be reward hacking, so look at the {kind}s."]
 
 
-def _training(rounds: list[Metrics]) -> str:
+def _training(rounds: list[Metrics], kind: str) -> str:
     images, seconds, reward = (charts.column(rounds, name) for name in ("images", "seconds/round", "reward/mean"))
     count = "one round" if len(rounds) == 1 else f"{len(rounds)} rounds"
-    done = f"The run sampled {images.sum():,.0f} images in {count} and {duration(seconds.sum())}"
+    done = f"The run sampled {images.sum():,.0f} {kind}s in {count} and {duration(seconds.sum())}"
     known = reward[[math.isfinite(value) for value in reward]]
     if len(known) < 2:
         return f"{done}."
     return f"{done}; their mean reward was {number(known[0])} in the first round and {number(known[-1])} in the last."
 
 
-def _dropped(rounds: list[Metrics]) -> list[str]:
+def _dropped(rounds: list[Metrics], kind: str) -> list[str]:
     count = charts.column(rounds, "images_dropped").sum()
     if not count:
         return []
     return [
-        f"{count:.0f} of these images could not be scored, or one of their group; the learner did not train on them."
+        f"{count:.0f} of these {kind}s could not be scored, or one of their group; the learner did not train on them."
     ]

@@ -52,7 +52,7 @@ def report(run: str, overrides: list[str], given: Given = NOTHING_GIVEN) -> str:
     _say("makes the images and the page")
     with local_folder(folder.report) as path:
         before_after_image(comparison, path / "before_after.png")
-        reward_curve(rounds, path / "reward_curve.png")
+        reward_curve(rounds, path / "reward_curve.png", str(stats["made"]))
         versions_image(EvalLog(folder.storage), shown_versions(evaluated_versions(folder)), path / "versions.png")
     finished = FinishedRun(folder, recipe, overrides, rounds, weights.fingerprint, weights.policy_version)
     folder.report.write("report.html", report_page(finished, comparison).encode())
@@ -69,6 +69,7 @@ def report_stats(
 ) -> dict[str, Any]:
     """Return the content of summary.json for these weights."""
     return summary(comparison, list(scorer_tables(recipe))) | {
+        "made": "images" if comparison.frame_rate is None else "clips",
         "fingerprint": weights.fingerprint,
         "policy_version": weights.policy_version,
         "seconds": sum(metrics["seconds/round"] for metrics in rounds),
@@ -134,7 +135,7 @@ def changes(stats: dict[str, Any]) -> list[str]:
     errors = f" ({(after - before) / error:+.1f} paired standard errors)" if error else ""
     change = f", {100 * (after - before) / abs(before):+.1f} %" if before else ""
     lines = [
-        f"reward on {stats['images_compared']} held-out images, same prompts and noise: "
+        f"reward on {stats['images_compared']} held-out {stats.get('made', 'images')}, same prompts and noise: "
         f"{before:.3f} before, {after:.3f} after{change}{errors}"
     ]
     for name, values in stats["scorers"].items():

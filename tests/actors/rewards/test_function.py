@@ -1,9 +1,14 @@
 """A user's function as a reward: what it gets, what it may return, and what is refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from ray_ddpo.actors.rewards.function import FunctionReward
+from ray_ddpo.common.input_images import InputImages
+from ray_ddpo.common.prompts import File, Prompt
+from tests.input_files import input_pixels, save_inputs
 
 IMAGES = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (10, 200)])
 
@@ -47,3 +52,29 @@ def test_a_differentiable_function_that_asks_for_input_images_is_refused_before_
         reward.check_prompts([])
     with pytest.raises(ValueError, match="has a parameter inputs, and differentiable is true"):
         reward.load("cpu")
+
+
+def test_input_images_with_a_default_are_asked_of_no_prompt() -> None:
+    def likeness(images: object, prompts: list[str], metadata: object, inputs: object = None) -> list[float]:
+        return [0.0 if inputs is None else 1.0] * len(prompts)
+
+    def needed(images: object, prompts: list[str], metadata: object, inputs: object) -> list[float]:
+        raise AssertionError("it is not called")
+
+    optional, required = FunctionReward.of(likeness), FunctionReward.of(needed)
+    optional.check_prompts([Prompt("a")])
+    assert optional.load("cpu")(IMAGES, ["a", "b"], [{}, {"image": "a column of the user's"}]).tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match="reads each prompt's input image, and 'a' has none"):
+        required.check_prompts([Prompt("a")])
+
+
+def test_input_images_with_a_default_are_given_where_all_prompts_have_them(tmp_path: Path) -> None:
+    def likeness(
+        images: object, prompts: list[str], metadata: object, inputs: InputImages | None = None
+    ) -> list[float]:
+        return [0.0] * len(prompts) if inputs is None else [float(each.mean()) for each in inputs.pixels]
+
+    prompts = File(path=str(save_inputs(tmp_path, size=(4, 4))), image_column="image").sampled()
+    score = FunctionReward.of(likeness).load("cpu")
+    means = [input_pixels(0, (4, 4)).mean(), input_pixels(1, (4, 4)).mean()]
+    assert score(IMAGES, ["a", "b"], [prompt.metadata for prompt in prompts[:2]]).tolist() == pytest.approx(means)

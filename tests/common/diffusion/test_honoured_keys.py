@@ -21,7 +21,7 @@ from tests.changed_keys import (
     ours_drawn,
     plainly_drawn,
 )
-from tests.key_candidates import EVERY, PARTS
+from tests.key_candidates import EVERY, PARTS, PARTS_OF_FAMILIES
 from tests.tiny_families import BY_DDIM, MAKERS
 
 quiet_libraries()
@@ -147,6 +147,8 @@ def test_numbers_that_nothing_can_be_computed_with_are_refused_by_key(models: Mo
         ("sd3", Change("vae", "shift_factor", "0.1")),
         ("sdxl", Change("vae", "latents_std", [1.0, "2", 1.0, 1.0])),
         ("qwen_image", Change("vae", "latents_std", [1.0, 1.0, 0.0, 1.0])),
+        ("flux2_edit", Change("vae", "batch_norm_eps", "x")),
+        ("flux2_klein_edit", Change("vae", "patch_size", [1, 1])),
         ("qwen_image", Change("vae", "latents_mean", [1.0, 1.0])),
         ("qwen_image", Change("vae", "latents_mean", None)),
         ("sd3", Change("transformer", "sample_size", 0)),
@@ -207,6 +209,15 @@ def test_a_number_of_steps_that_the_schedule_has_not_is_refused_with_the_plan(mo
     config = config_of("stable_diffusion", models.changed("stable_diffusion", Change("scheduler", "steps_offset", 0)))
     with pytest.raises(ValueError, match=r"sampling.num_steps is 1000: .*steps_offset=1 .* timestep 1000"):
         config.sizes(SamplingTable(num_steps=1000), "cpu")  # as this pipeline corrects the offset
+
+
+@pytest.mark.thorough
+@pytest.mark.rotated(every=50)
+@pytest.mark.parametrize(("name", "part"), PARTS_OF_FAMILIES)
+def test_each_key_alone_is_honoured_as_diffusers_does_or_refused_by_name(models: Models, name: str, part: str) -> None:
+    changes = [change for family, change in EVERY if (family, change.part) == (name, part)]
+    accepted = [check_outcome(models, name, (change,)) for change in changes]
+    assert any(accepted), "a part of which all changes are refused tells nothing"
 
 
 @pytest.mark.thorough
