@@ -209,6 +209,7 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
         weights = 'weight_name="pytorch_lora_weights.safetensors"'
         into = "" if part == policy.network_name else f", load_into_{part}=True"
         lines.append(f"pipeline.load_lora_weights({push.repo!r}, {weights}{revision}{into})")
+    lines += policy.pipeline_lines(recipe.sampling)
     lines += ['pipeline.to("cuda" if torch.cuda.is_available() else "cpu")', *_sampling_lines(recipe, policy, prompt)]
     return "\n".join(lines)
 

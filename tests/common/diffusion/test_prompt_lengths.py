@@ -30,6 +30,7 @@ EXPECTED = {
     "flux2_edit": {"text_encoder": (12, 2)},
     "flux2_klein_edit": {"text_encoder": (12, 2)},
     "z_image": {"text_encoder": (12, 2)},  # behind the template
+    "hunyuan_image": {"text_encoder": (12, 2), "text_encoder_2": (128, 0)},
     "sana": {"text_encoder": (13, 2)},
     "pixart_sigma": {"text_encoder": (12, 2)},
     "wan": {"text_encoder": (12, 2)},
