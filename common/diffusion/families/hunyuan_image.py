@@ -1,6 +1,7 @@
 """HunyuanImage 2.1 (Tencent 2025): two streams and one stream of tokens, with a ByT5 for the texts in quotation marks."""
 
 import functools
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -118,6 +119,7 @@ class HunyuanImagePolicy(MaskedTextPolicy):
     """A loaded HunyuanImagePipeline."""
 
     config: "HunyuanImage"
+    adds_shift: ClassVar[bool] = False
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -182,7 +184,7 @@ class HunyuanImage(DiffusersConfig):
 
     @property
     def size_unit(self) -> int:
-        return self.scale_factor * max(self.part_config("transformer").get("patch_size", (1, 1)))
+        return self.scale_factor * math.lcm(*self.part_config("transformer").get("patch_size", (1, 1)))
 
     def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, ...]:
         return network_config["in_channels"], *self.latent_sides(OWN_LATENT_SIZE)

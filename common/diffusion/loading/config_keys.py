@@ -8,9 +8,10 @@ diffusers honours it, or refused with part, key and value.
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from ray_ddpo.common.diffusion.loading.hunyuan_keys import HUNYUAN_PIPELINE, compression_faults, guider_faults
+from ray_ddpo.common.diffusion.loading import image_keys
+from ray_ddpo.common.diffusion.loading.key_rules import COLORS, GUIDANCE_INPUT, IMAGES, LABELS, TOKENS, Rule
 from ray_ddpo.common.diffusion.loading.model_index import read_object, text_tower
 from ray_ddpo.common.diffusion.loading.video_keys import (
     LTX_PIPELINE,
@@ -31,7 +32,8 @@ FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.jso
 QWEN_PIPELINES = ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 NORMALIZED_PIPELINES = (*QWEN_PIPELINES, *WAN_PIPELINES)  # of latents with mean and deviation of each channel
 FLUX_PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
-SHIFTED_PIPELINES = ("StableDiffusion3Pipeline", "ZImagePipeline", *FLUX_PIPELINES)  # of latents with a shift_factor
+# Of latents with a shift_factor.
+SHIFTED_PIPELINES = ("StableDiffusion3Pipeline", "ZImagePipeline", "Lumina2Pipeline", *FLUX_PIPELINES)
 BATCH_NORMALIZED = ("Flux2Pipeline", "Flux2KleinPipeline")  # by the statistics of the decoder's batch norm
 # Of networks that may predict variances too, in further channels.
 VARIANCE_PIPELINES = ("SanaPipeline", "PixArtSigmaPipeline")
@@ -42,7 +44,7 @@ FLOW_PIPELINES = (
     *BATCH_NORMALIZED,
     "SanaPipeline",
     LTX_PIPELINE,
-    HUNYUAN_PIPELINE,
+    *image_keys.RULES,
 )
 INPAINTING = "StableDiffusionInpaintPipeline"  # its network reads the mask and the masked image's latents as well
 DDIM_PIPELINES = ("StableDiffusionPipeline", INPAINTING, "StableDiffusionXLPipeline", "PixArtSigmaPipeline")
@@ -68,7 +70,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
     "Flux2Pipeline": {"in_channels": 128, "joint_attention_dim": 15360, "patch_size": 1},
     "Flux2KleinPipeline": {"in_channels": 128, "joint_attention_dim": 15360, "patch_size": 1},
     "ZImagePipeline": {"in_channels": 16, "cap_feat_dim": 2560},
-    HUNYUAN_PIPELINE: {"in_channels": 64, "out_channels": 64, "text_embed_dim": 3584},
+    **image_keys.DEFAULTS,
     "SanaPipeline": {"in_channels": 32, "out_channels": 32, "caption_channels": 2304},
     "PixArtSigmaPipeline": {"in_channels": 4, "out_channels": 8},
     LTX_PIPELINE: {"in_channels": 128, "out_channels": 128, "caption_channels": 4096},
@@ -78,7 +80,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
 # encoder's key, and transformers' default of that.
 SINGLE_ENCODERS = {
     **dict.fromkeys(QWEN_PIPELINES, ("joint_attention_dim", 1, "hidden_size", 8192)),
-    HUNYUAN_PIPELINE: ("text_embed_dim", 1, "hidden_size", 8192),
+    **image_keys.ENCODERS,
     "Flux2Pipeline": ("joint_attention_dim", 3, "hidden_size", 4096),
     "Flux2KleinPipeline": ("joint_attention_dim", 3, "hidden_size", 4096),
     "ZImagePipeline": ("cap_feat_dim", 1, "hidden_size", 4096),
@@ -89,37 +91,19 @@ SINGLE_ENCODERS = {
 }
 
 
-class Rule(NamedTuple):
-    """One key of one part: the allowed values, and why no others are."""
-
-    part: str
-    key: str
-    allowed: tuple[Any, ...]
-    reason: str
-
-
-LABELS = "the pipeline gives its network no class labels"
-IMAGES = "the pipeline gives its network nothing but text"
-TOKENS = "a token is one latent here"
-GUIDANCE_INPUT = "a network with the guidance scale as an input is sampled by another method"
 UNET = (
     Rule("unet", "class_embed_type", (None,), LABELS),
     Rule("unet", "num_class_embeds", (None,), LABELS),
     Rule("unet", "time_cond_proj_dim", (None,), GUIDANCE_INPUT),
     Rule("unet", "encoder_hid_dim_type", (None, "text_proj"), IMAGES),
 )
-COLORS = "images have 3 channels, red, green and blue"
 RULES: dict[str, tuple[Rule, ...]] = {
     "SanaPipeline": (
         Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),
         Rule("vae", "in_channels", (None, 3), COLORS),
     ),
     **dict.fromkeys(QWEN_PIPELINES, (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),)),
-    HUNYUAN_PIPELINE: (
-        Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),
-        Rule("transformer", "use_meanflow", (None, False), "a network that is told where a step ends is not trained"),
-        Rule("scheduler", "use_dynamic_shifting", (None, False), "the pipeline shifts by no number of image tokens"),
-    ),
+    **image_keys.RULES,
     LTX_PIPELINE: tuple(Rule("transformer", key, (None, 1), TOKENS) for key in ("patch_size", "patch_size_t")),
     "WanPipeline": tuple(Rule("transformer", key, (None,), IMAGES) for key in ("image_dim", "added_kv_proj_dim")),
     "Flux2KleinPipeline": (Rule("transformer", "guidance_embeds", (False,), GUIDANCE_INPUT),),
@@ -217,7 +201,12 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
             )
     if "vae" in parts:
         yield from _decoder_faults(config, parts)
-    yield from _own_faults(config, parts)
+    if config.pipeline_class in WAN_PIPELINES:
+        yield from expert_faults(bool(config.frozen_parts), parts.get(INDEX, {}))
+        yield from wan_faults(parts.get("vae", {}), parts.get("transformer", {}))
+    if config.pipeline_class == LTX_PIPELINE:
+        yield from ltx_faults(parts.get("vae", {}))
+    yield from image_keys.image_faults(config.pipeline_class, parts)
     yield from _sample_size_faults(_file(config.network_name), parts.get(config.network_name, {}))
     if "vae" in parts and config.network_name in parts:
         yield from _channel_faults(config, parts)
@@ -225,18 +214,6 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
         yield from _width_faults(config, parts)
     yield from _length_faults(config, parts)
     yield from _image_reader_faults(config)
-
-
-def _own_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
-    """Yield what is wrong with keys that only one pipeline's models have."""
-    if config.pipeline_class in WAN_PIPELINES:
-        yield from expert_faults(bool(config.frozen_parts), parts.get(INDEX, {}))
-        yield from wan_faults(parts.get("vae", {}), parts.get("transformer", {}))
-    if config.pipeline_class == LTX_PIPELINE:
-        yield from ltx_faults(parts.get("vae", {}))
-    if config.pipeline_class == HUNYUAN_PIPELINE:
-        yield from guider_faults(parts.get(INDEX, {}))
-        yield from compression_faults(parts["vae"]) if "vae" in parts else ()
 
 
 def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
@@ -325,8 +302,6 @@ def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]
     t5s = () if single else (part for part, (_, made) in config.text_parts.items() if made == "T5EncoderModel")
     for t5 in t5s:
         wanted.append(("joint_attention_dim", f"d_model of {t5}", value_of(t5, "d_model")))
-    if config.pipeline_class == HUNYUAN_PIPELINE:
-        wanted.append(("text_embed_2_dim", "d_model of text_encoder_2", value_of("text_encoder_2", "d_model")))
     if config.pipeline_class == "StableDiffusionXLPipeline":
         width = 6 * (parts[network].get("addition_time_embed_dim") or 0) + value_of("text_encoder_2", "projection_dim")
         what = "6 × addition_time_embed_dim and projection_dim of text_encoder_2"
