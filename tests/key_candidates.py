@@ -3,6 +3,7 @@
 from typing import Any
 
 from tests.changed_keys import ABSENT, Change
+from tests.hunyuan_keys import HUNYUAN_DECODER, HUNYUAN_IMAGE, HUNYUAN_INDEX
 from tests.video_keys import (
     EXPERT,
     EXPERTS_INDEX,
@@ -378,6 +379,9 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "flux2_klein_edit": KLEIN,
     "z_image": {"transformer": Z_IMAGE, "vae": DECODER, "scheduler": FLOW, "text_encoder": QWEN3_TEXT}
     | {"tokenizer": CHAT_TOKENIZER},
+    "hunyuan_image": {"transformer": HUNYUAN_IMAGE, "vae": HUNYUAN_DECODER, "scheduler": FLOW, "text_encoder_2": T5}
+    | {"text_encoder": QWEN_TEXT, "tokenizer": QWEN_TOKENIZER, "tokenizer_2": T5_TOKENIZER}
+    | {"model_index": HUNYUAN_INDEX},
     "pixart_sigma": {"transformer": PIXART, "vae": DECODER, "scheduler": DDIM, "text_encoder": T5}
     | {"tokenizer": T5_TOKENIZER},
     "sana": {"transformer": SANA, "vae": SANA_DECODER, "scheduler": FLOW_SOLVER, "text_encoder": GEMMA_2}

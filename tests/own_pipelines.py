@@ -39,6 +39,9 @@ def own_call(name: str, pipeline: Any, prompts: Sequence[str], latents: torch.Te
         latents: the noise, one row per image, as samplers have it. None: the pipeline's own.
         keys: of the call; lists have one value per image.
     """
+    if name == "hunyuan_image":  # these are no arguments of its call
+        pipeline.tokenizer_max_length, scale = keys.pop("max_sequence_length"), max(keys.pop("guidance_scale"), 1.0)
+        pipeline.guider = pipeline.ocr_guider = diffusers.ClassifierFreeGuidance(guidance_scale=scale)
     if name not in ONE_AT_A_TIME:
         given = None if latents is None else given_latents(name, latents)
         sampled = pipeline(prompt=list(prompts), latents=given, **keys)

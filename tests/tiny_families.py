@@ -11,6 +11,7 @@ from PIL import Image
 from ray_ddpo.common.diffusion.families.packing import packed
 from tests.tiny_decoders import EIGHTFOLD, FLOW_AUTOENCODER
 from tests.tiny_flux2 import save_tiny_flux2, save_tiny_flux2_klein
+from tests.tiny_hunyuan_image import save_tiny_hunyuan_image
 from tests.tiny_language_models import tiny_chat_tokenizer, tiny_qwen3
 from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
 from tests.tiny_qwen_image import save_tiny_qwen_image, save_tiny_qwen_image_edit, save_tiny_qwen_image_edit_plus
@@ -221,6 +222,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "flux2_edit": save_tiny_flux2,
     "flux2_klein_edit": save_tiny_flux2_klein,
     "z_image": save_tiny_z_image,
+    "hunyuan_image": save_tiny_hunyuan_image,
     "pixart_sigma": save_tiny_pixart_sigma,
     "sana": save_tiny_sana,
     "wan": save_tiny_wan,
@@ -242,6 +244,7 @@ EDITING = (
 # Families with a mask get prompts of different lengths, so that their masks differ.
 PROMPTS = {
     **dict.fromkeys((*QWEN_IMAGE, "pixart_sigma", "sana", "ltx"), ["a cat", "a calf", "cow"]),
+    "hunyuan_image": ["a cat", 'a "calf"', "cow"],  # one with a text for the ByT5
     "z_image": ["a cat", "a long calf", "cow"],  # 32, 38 and 30 tokens with the template, and so 32 and 64 with filling
     "digits:Digits": ["seven", "3", "a two"],
     "shapes:Shapes": ["disc", "ring", "cross"],
@@ -257,6 +260,7 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
         ("flux2", "flux2_klein", "flux2_edit", "flux2_klein_edit"), {"max_sequence_length": 17, "resolution": 16}
     ),
     "z_image": {"max_sequence_length": 38, "resolution": 16},
+    "hunyuan_image": {"max_sequence_length": 12, "resolution": 16},
     "pixart_sigma": {"max_sequence_length": 12},
     "sana": {"max_sequence_length": 14},
     **dict.fromkeys(
@@ -314,7 +318,7 @@ def call_keys(name: str, scale: float, negative: str | None = None) -> dict[str,
         text |= {"height": 32, "width": 32} if name == "sana" else {}
     if name in WITHOUT_NEGATIVE:
         return {"guidance_scale": scale, **text, **size}
-    text |= size if name in ("z_image", "sd_inpainting", *VIDEO) else {}
+    text |= size if name in ("z_image", "hunyuan_image", "sd_inpainting", *VIDEO) else {}
     text |= {"num_frames": FRAMES, "output_type": "pil"} if name in VIDEO else {}
     text |= {"height": 32, "width": 32} if name == "ltx" else {}
     return {"guidance_scale": scale, "negative_prompt": None if negative is None else [negative] * 2, **text}

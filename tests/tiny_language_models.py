@@ -75,11 +75,11 @@ def tiny_qwen3(width: int, vocabulary: int, layers: int = 2, with_head: bool = F
     return (Qwen3ForCausalLM if with_head else Qwen3Model)(Qwen3Config(**keys))
 
 
-def tiny_qwen_vl(width: int, tokenizer: Any) -> Any:
+def tiny_qwen_vl(width: int, tokenizer: Any, layers: int = 1) -> Any:
     """Return a Qwen2.5-VL. Where the tokenizer has a token for images, the model sees them."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    text: Any = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1}
+    text: Any = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers}
     text |= {"vocab_size": len(tokenizer), "num_attention_heads": 2, "num_key_value_heads": 1}
     text |= {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
     vision: Any = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}

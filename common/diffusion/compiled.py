@@ -19,6 +19,8 @@ REPEATED_BLOCKS = (
     "ZImageTransformerBlock",
     "Flux2TransformerBlock",
     "Flux2SingleTransformerBlock",
+    "HunyuanImageTransformerBlock",
+    "HunyuanImageSingleTransformerBlock",
     "SanaTransformerBlock",
     "WanTransformerBlock",
     "LTXVideoTransformerBlock",

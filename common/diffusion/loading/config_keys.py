@@ -8,8 +8,10 @@ diffusers honours it, or refused with part, key and value.
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from ray_ddpo.common.diffusion.loading import image_keys
+from ray_ddpo.common.diffusion.loading.key_rules import COLORS, GUIDANCE_INPUT, IMAGES, LABELS, TOKENS, Rule
 from ray_ddpo.common.diffusion.loading.model_index import read_object, text_tower
 from ray_ddpo.common.diffusion.loading.video_keys import (
     LTX_PIPELINE,
@@ -34,12 +36,20 @@ FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.jso
 QWEN_PIPELINES = ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 NORMALIZED_PIPELINES = (*QWEN_PIPELINES, *WAN_PIPELINES)  # of latents with mean and deviation of each channel
 FLUX_PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
-SHIFTED_PIPELINES = ("StableDiffusion3Pipeline", "ZImagePipeline", *FLUX_PIPELINES)  # of latents with a shift_factor
+# Of latents with a shift_factor.
+SHIFTED_PIPELINES = ("StableDiffusion3Pipeline", "ZImagePipeline", "Lumina2Pipeline", *FLUX_PIPELINES)
 BATCH_NORMALIZED = ("Flux2Pipeline", "Flux2KleinPipeline")  # by the statistics of the decoder's batch norm
 # Of networks that may predict variances too, in further channels.
 VARIANCE_PIPELINES = ("SanaPipeline", "PixArtSigmaPipeline")
 SOLVER_PIPELINES = ("SanaPipeline", *WAN_PIPELINES)  # of flows whose scheduler may be a solver
-FLOW_PIPELINES = (*SHIFTED_PIPELINES, *NORMALIZED_PIPELINES, *BATCH_NORMALIZED, "SanaPipeline", LTX_PIPELINE)
+FLOW_PIPELINES = (
+    *SHIFTED_PIPELINES,
+    *NORMALIZED_PIPELINES,
+    *BATCH_NORMALIZED,
+    "SanaPipeline",
+    LTX_PIPELINE,
+    *image_keys.RULES,
+)
 INPAINTING = "StableDiffusionInpaintPipeline"  # its network reads the mask and the masked image's latents as well
 DDIM_PIPELINES = ("StableDiffusionPipeline", INPAINTING, "StableDiffusionXLPipeline", "PixArtSigmaPipeline")
 PATCH_KEYS = ("patch_size", "temporal_patch_size")  # of an image processor and of the encoder of its images
@@ -64,6 +74,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
     "Flux2Pipeline": {"in_channels": 128, "joint_attention_dim": 15360, "patch_size": 1},
     "Flux2KleinPipeline": {"in_channels": 128, "joint_attention_dim": 15360, "patch_size": 1},
     "ZImagePipeline": {"in_channels": 16, "cap_feat_dim": 2560},
+    **image_keys.DEFAULTS,
     "SanaPipeline": {"in_channels": 32, "out_channels": 32, "caption_channels": 2304},
     "PixArtSigmaPipeline": {"in_channels": 4, "out_channels": 8},
     LTX_PIPELINE: {"in_channels": 128, "out_channels": 128, "caption_channels": 4096},
@@ -73,6 +84,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent ke
 # encoder's key, and transformers' default of that.
 SINGLE_ENCODERS = {
     **dict.fromkeys(QWEN_PIPELINES, ("joint_attention_dim", 1, "hidden_size", 8192)),
+    **image_keys.ENCODERS,
     "Flux2Pipeline": ("joint_attention_dim", 3, "hidden_size", 4096),
     "Flux2KleinPipeline": ("joint_attention_dim", 3, "hidden_size", 4096),
     "ZImagePipeline": ("cap_feat_dim", 1, "hidden_size", 4096),
@@ -83,26 +95,12 @@ SINGLE_ENCODERS = {
 }
 
 
-class Rule(NamedTuple):
-    """One key of one part: the allowed values, and why no others are."""
-
-    part: str
-    key: str
-    allowed: tuple[Any, ...]
-    reason: str
-
-
-LABELS = "the pipeline gives its network no class labels"
-IMAGES = "the pipeline gives its network nothing but text"
-TOKENS = "a token is one latent here"
-GUIDANCE_INPUT = "a network with the guidance scale as an input is sampled by another method"
 UNET = (
     Rule("unet", "class_embed_type", (None,), LABELS),
     Rule("unet", "num_class_embeds", (None,), LABELS),
     Rule("unet", "time_cond_proj_dim", (None,), GUIDANCE_INPUT),
     Rule("unet", "encoder_hid_dim_type", (None, "text_proj"), IMAGES),
 )
-COLORS = "images have 3 channels, red, green and blue"
 SQUARES = Rule("vae", "patch_size", (None, [2, 2], (2, 2)), "the network's tokens are squares of 2 × 2 latents")
 RULES: dict[str, tuple[Rule, ...]] = {
     "SanaPipeline": (
@@ -110,6 +108,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("vae", "in_channels", (None, 3), COLORS),
     ),
     **dict.fromkeys(QWEN_PIPELINES, (Rule("transformer", "guidance_embeds", (None, False), GUIDANCE_INPUT),)),
+    **image_keys.RULES,
     LTX_PIPELINE: tuple(Rule("transformer", key, (None, 1), TOKENS) for key in ("patch_size", "patch_size_t")),
     "WanPipeline": tuple(Rule("transformer", key, (None,), IMAGES) for key in ("image_dim", "added_kv_proj_dim")),
     "Flux2Pipeline": (SQUARES,),
@@ -212,6 +211,7 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
         yield from _wan_faults(config, parts)
     if config.pipeline_class == LTX_PIPELINE:
         yield from ltx_faults(parts.get("vae", {}))
+    yield from image_keys.image_faults(config.pipeline_class, parts)
     yield from _sample_size_faults(_file(config.network_name), parts.get(config.network_name, {}))
     if "vae" in parts and config.network_name in parts:
         yield from _channel_faults(config, parts)

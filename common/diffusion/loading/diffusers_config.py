@@ -174,6 +174,10 @@ class DiffusersConfig(PolicyConfig):
             arguments |= {"height": size[0], "width": size[1]}
         return arguments
 
+    def pipeline_lines(self, sampling: SamplingTable) -> list[str]:
+        """Return lines of a model card's program that set up its `pipeline`, beside the arguments of its call."""
+        return []
+
     def taken_channels(self, latent_channels: int) -> int:
         """Return how many channels the network takes, for latents of so many channels."""
         return self.latent_packing * latent_channels

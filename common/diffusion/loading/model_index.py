@@ -27,6 +27,7 @@ FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its
     "Flux2Pipeline": ("flux2", "FLUX.2"),
     "Flux2KleinPipeline": ("flux2_klein", "FLUX.2-klein"),
     "ZImagePipeline": ("z_image", "Z-Image"),
+    "HunyuanImagePipeline": ("hunyuan_image", "HunyuanImage"),
     "SanaPipeline": ("sana", "SANA"),
     "PixArtSigmaPipeline": ("pixart_sigma", "PixArt-Sigma"),
     "WanPipeline": ("wan", "Wan"),
@@ -36,7 +37,7 @@ FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its
 TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had two for each
     "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "CLIPTextModelWithProjection": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "T5EncoderModel": ("T5Tokenizer", "T5TokenizerFast"),
+    "T5EncoderModel": ("T5Tokenizer", "T5TokenizerFast", "ByT5Tokenizer"),  # the last one has no vocabulary
     "UMT5EncoderModel": ("T5Tokenizer", "T5TokenizerFast"),
     "Qwen2_5_VLForConditionalGeneration": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
     "Qwen3Model": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),

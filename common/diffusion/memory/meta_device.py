@@ -47,8 +47,9 @@ class LikeDevice(TorchFunctionMode):
             args = tuple(self._cast(value, dtype) for value in args)
             kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention:
-            names = ("query", "key", "value")
-            return FusedAttention.apply(self._device, *args[:3], *(kwargs[name] for name in names if name in kwargs))
+            inputs = (*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
+            if inputs[0].ndim == 4:  # without an axis of heads there is no fused kernel
+                return FusedAttention.apply(self._device, *inputs)
         return func(*args, **kwargs)
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:

@@ -218,6 +218,7 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
         for second in policy.joined_parts:
             weights = f'weight_name="{SECOND_NAME}"'
             lines.append(f"pipeline.load_lora_weights({push.repo!r}, {weights}{revision}, load_into_{second}=True)")
+    lines += policy.pipeline_lines(recipe.sampling)
     lines += ['pipeline.to("cuda" if torch.cuda.is_available() else "cpu")', *_sampling_lines(recipe, policy, prompt)]
     return "\n".join(lines)
 

@@ -113,6 +113,7 @@ def test_blocks_are_those_of_the_published_networks() -> None:
     from diffusers import (
         Flux2Transformer2DModel,
         FluxTransformer2DModel,
+        HunyuanImageTransformer2DModel,
         QwenImageTransformer2DModel,
         SanaTransformer2DModel,
         SD3Transformer2DModel,
@@ -129,6 +130,7 @@ def test_blocks_are_those_of_the_published_networks() -> None:
             QwenImageTransformer2DModel(num_layers=5),
             Flux2Transformer2DModel(num_layers=1, num_single_layers=6),
             ZImageTransformer2DModel(n_layers=3),  # and two refiners of 2
+            HunyuanImageTransformer2DModel(num_layers=2, num_single_layers=5),
             SanaTransformer2DModel(num_layers=6),
         ):
             names = [type(block).__name__ for block in repeated_blocks(network)]
@@ -143,6 +145,8 @@ def test_blocks_are_those_of_the_published_networks() -> None:
         "Flux2TransformerBlock": 1,
         "Flux2SingleTransformerBlock": 6,
         "ZImageTransformerBlock": 7,
+        "HunyuanImageTransformerBlock": 2,
+        "HunyuanImageSingleTransformerBlock": 5,
         "SanaTransformerBlock": 6,
     }
 

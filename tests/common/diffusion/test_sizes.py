@@ -46,7 +46,12 @@ PUBLISHED = {  # parameters of the network, of its decoder and of its text encod
     ("flux2_klein", "black-forest-labs/FLUX.2-klein-4B"): (3_875_544_576, 84_046_115, [4_022_468_096]),
     ("flux2_klein", "black-forest-labs/FLUX.2-klein-base-9B"): (9_078_581_248, 84_046_115, [8_190_735_360]),
     ("z_image", "Tongyi-MAI/Z-Image"): (6_154_908_736, 83_819_683, [4_022_468_096]),
-    # The files on the hub have 3.21 GB in half precision, 1.25 GB in float32 and 5.23 GB in half precision.
+    ("hunyuan_image", "hunyuanvideo-community/HunyuanImage-2.1-Diffusers"): (
+        17_425_795_520,
+        405_575_491,
+        [8_292_166_656, 219_314_944],
+    ),
+    # SANA: the files on the hub have 3.21 GB in half precision, 1.25 GB in float32 and 5.23 GB in half precision.
     ("sana", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"): (1_604_462_752, 312_250_275, [2_614_341_888]),
     # The network's file on the hub has 2,443,492,488 bytes in float32, 68,104 of them its header.
     ("wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"): (1_418_996_800, 126_892_531, [5_680_910_336]),
