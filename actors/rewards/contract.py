@@ -49,7 +49,7 @@ def under_contract(reward: Any, who: str, with_inputs: bool = False) -> LoadedRe
 
 def asks_for_inputs(function: Any) -> bool:
     """Return whether a user's function has a parameter `inputs`, for the prompts' input images."""
-    return _has_parameter(function, "inputs")
+    return "inputs" in _parameters(function)
 
 
 def requires_inputs(function: Any) -> bool:
@@ -60,15 +60,16 @@ def requires_inputs(function: Any) -> bool:
 
 
 def asks_for_clips(function: Any) -> bool:
-    """Return whether a user's function has a parameter `clips`, in place of `images`."""
-    return _has_parameter(function, "clips")
+    """Return whether the first parameter of a user's function is called `clips`, in place of `images`."""
+    return _parameters(function)[:1] == ("clips",)
 
 
-def _has_parameter(function: Any, name: str) -> bool:
+def _parameters(function: Any) -> tuple[str, ...]:
+    """Return the names of a function's parameters, in order; none if it has no signature."""
     try:
-        return name in inspect.signature(function).parameters
+        return tuple(inspect.signature(function).parameters)
     except (ValueError, TypeError):  # some functions written in C have no signature
-        return False
+        return ()
 
 
 def check_signature(reward: Any, who: str) -> None:

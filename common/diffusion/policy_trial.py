@@ -46,21 +46,23 @@ def load_checked(config: PolicyConfig, device: str, sampling: SamplingTable, rol
         if is_users_own(config, POLICIES):
             read_all_weights()
             policy = call(config, "load", device, sampling, role)
-            _check_fields(policy, f"{type(config).__name__}.load returned", sampling)
+            _check_fields(policy, f"{type(config).__name__}.load returned", sampling, config.has_frames)
             return policy
         return config.load(device, sampling, role)
 
 
-def _check_fields(policy: Any, returned: str, sampling: SamplingTable) -> None:
-    """Check the fields that every policy must have."""
+def _check_fields(policy: Any, returned: str, sampling: SamplingTable, has_frames: bool) -> None:
+    """Check the fields that every policy must have, and those of a video's."""
     name = type(policy).__name__
     refuse_unless(isinstance(policy, Policy), f"{returned} {described(policy)}", "a ray_ddpo.Policy")
     lacking = [field for field in Policy.__annotations__ if not hasattr(policy, field)]
     refuse_unless(not lacking, f"{returned} a {name} without {', '.join(lacking)}", "all fields of Policy")
     network, shape, steps = policy.network, policy.latent_shape, policy.num_steps
     refuse_unless(isinstance(network, nn.Module), f"{name}.network is {described(network)}", "a torch.nn.Module")
-    sized = isinstance(shape, tuple) and len(shape) == 3 and all(isinstance(side, int) and side > 0 for side in shape)
-    refuse_unless(sized, f"{name}.latent_shape is {shape!r}", "a tuple of three positive numbers, C, H, W")
+    sides = "C, F, H, W, as has_frames is true" if has_frames else "C, H, W, and of a video, has_frames = True"
+    whole = isinstance(shape, tuple) and all(isinstance(side, int) and side > 0 for side in shape)
+    sized = whole and len(shape) in ((4,) if has_frames else (2, 3))  # two of packed tokens
+    refuse_unless(sized, f"{name}.latent_shape is {shape!r}", f"a tuple of positive numbers, {sides}")
     refuse_unless(steps == sampling.num_steps, f"{name}.num_steps is {steps!r}", f"{sampling.num_steps}")
     refuse_unless(trained_parameters(network), f"{name}.network has no parameter with a gradient", "make_trainable")
 
@@ -85,11 +87,19 @@ def try_sampling(config: PolicyConfig, policy: Policy, prompts: Sequence[str]) -
         _try_denoise(policy, latents, noise, rows)
         if config.takes_other_steps:
             _try_other_steps(policy, latents, rows)
-        name, images = f"{type(policy).__name__}.decode returned", call(policy, "decode", latents)
-        expected = f"uint8 of shape ({ROWS}, height, width, 3), from 0 to 255"
-        shaped = isinstance(images, Tensor) and images.ndim == 4 and images.shape[0] == ROWS and images.shape[3] == 3
-        refuse_unless(shaped and images.dtype == torch.uint8, f"{name} {described(images)}", expected)
-    height, width = images.shape[1:3]
+        return _try_decode(policy, latents, config.has_frames)
+
+
+def _try_decode(policy: Policy, latents: Tensor, has_frames: bool) -> tuple[int, int]:
+    """Check what `decode` returns. Return height and width of an image or a frame."""
+    images: Any = call(policy, "decode", latents)
+    rows = (ROWS, policy.num_frames) if has_frames else (ROWS,)
+    expected = f"uint8 of shape ({', '.join(map(str, rows))}, height, width, 3), from 0 to 255"
+    expected += f": num_frames is {policy.num_frames}" if has_frames else ""
+    shaped = isinstance(images, Tensor) and images.shape[:-3] == rows and images.shape[-1] == 3
+    found = f"{type(policy).__name__}.decode returned {described(images)}"
+    refuse_unless(shaped and images.dtype == torch.uint8, found, expected)
+    height, width = images.shape[-3:-1]
     return height, width
 
 

@@ -123,6 +123,7 @@ def test_a_users_function_of_clips_gets_whole_clips_read_only() -> None:
     assert FunctionReward.of(frames).takes_clips
     assert scored(FunctionReward.of(frames), clips()).rewards["mine"].tolist() == [34, 34]
     assert not FunctionReward(path="tests.user_functions:brightness").takes_clips
+    assert not FunctionReward.of(lambda images, prompts, metadata, clips=None: [0.0] * len(images)).takes_clips
 
 
 def test_a_service_scores_clips_and_frames() -> None:

@@ -11,6 +11,7 @@ from shape_network import ShapeNetwork
 from shapes import Shapes, ShapesPolicy
 
 from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.diffusion.families.wan import Wan
 from ray_ddpo.common.diffusion.lora.adapters import read_weights, trained_parameters
 from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.diffusion.policy_trial import load_checked, try_sampling
@@ -21,7 +22,8 @@ from ray_ddpo.common.recipe.tables import RuntimeTable, SamplingTable
 from ray_ddpo.deploy.driver.components import components_of
 from ray_ddpo.learner.learning_trial import try_learning
 from tests.conftest import small_tables
-from tests.tiny_families import save_tiny_shapes
+from tests.tiny_families import policy_table, save_tiny_shapes
+from tests.tiny_video import FRAMES, save_tiny_wan
 
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=2.0)
 PROMPTS = (Prompt("disc"), Prompt("ring"))
@@ -298,3 +300,16 @@ def test_a_samplers_constructor_tries_it(model: str) -> None:
     with pytest.raises(ValueError, match=r"Mine.decode returned float32 of shape \(2, 3, 16, 16\)"):
         Sampler(broken, SAMPLING, RuntimeTable(), PROMPTS)
     Sampler(family(model), SAMPLING, RuntimeTable(), PROMPTS)
+
+
+def test_a_family_of_video_is_tried_on_its_clips(tmp_path: Path) -> None:
+    keys = {key: value for key, value in policy_table("wan", save_tiny_wan(tmp_path)).items() if key != "name"}
+    config = type("MyWan", (Wan,), {"__module__": __name__})(**keys)
+    policy = load_checked(config, "cpu", SAMPLING, "sampler")
+    assert try_sampling(config, policy, ["a cat"]) == (16, 16)
+    policy.num_frames = 4
+    with pytest.raises(ValueError, match=rf"of shape \(2, {FRAMES}, 16, 16, 3\), .* expected uint8 of shape \(2, 4, "):
+        try_sampling(config, policy, ["a cat"])
+    of_images = type("MyWan", (Wan,), {"__module__": __name__, "has_frames": False})(**keys)
+    with pytest.raises(ValueError, match=r"latent_shape is \(4, 2, 4, 4\): expected .*of a video, has_frames = True"):
+        load_checked(of_images, "cpu", SAMPLING, "sampler")
