@@ -35,6 +35,7 @@ def one_round(tables: dict, **changes: Any) -> Recipe:
     return Recipe.parse(tables | {"rounds": 1, "rollouts": FULL, "prompts": {"name": "animals", **GROUPS}} | changes)
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_the_public_names_are_imported_lazily_and_train_stays_the_function() -> None:
     code = """
     import sys, ray_ddpo
@@ -116,6 +117,7 @@ def test_errors_of_a_python_program_name_arguments_and_not_options(tables: dict)
         Run(Path(run.folder) / "nothing")
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_every_kind_of_component_can_be_named_or_handed_over(tables: dict, tiny_model: Path) -> None:
     model, own = str(tiny_model), "tests.whole_components"
     named = one_round(
@@ -155,6 +157,7 @@ def test_a_function_that_can_be_imported_is_kept_by_its_name(tables: dict) -> No
     assert copy.read_text() == Path(whole_components.__file__).read_text()
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_live_pipeline_is_saved_with_the_run_which_another_one_cannot_resume(tables: dict, tiny_model: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
     tables["policy"] = {"name": "stable_diffusion", "model": "nowhere/at-all"}

@@ -182,6 +182,7 @@ def test_documented_ddpo_commands_run_as_they_stand(tmp_path: Path, cluster_fold
     assert len(list((tmp_path / "runs/demo/samples").glob("*.png"))) == 2
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_a_reward_beside_the_command_is_found_on_ray(tmp_path: Path, tables: dict) -> None:
     function = next(block for block in blocks(ROOT / "docs" / "extending.md", "python") if "def brightness" in block)

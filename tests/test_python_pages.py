@@ -20,6 +20,7 @@ def test_the_notebook_stores_no_outputs_and_is_short() -> None:
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in NOTEBOOK["cells"])
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_the_notebooks_cells_train_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -43,6 +43,7 @@ def test_the_wheel_has_one_top_level_name_and_the_files_that_programs_read(wheel
     assert {f"ray_ddpo/{name}" for name in needed} <= set(names)
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_it_works_in_an_empty_folder_beside_packages_of_our_folders_names(wheel: Path, tmp_path: Path) -> None:
     installed, other, empty = tmp_path / "installed", tmp_path / "other", tmp_path / "empty"

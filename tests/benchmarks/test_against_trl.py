@@ -143,6 +143,7 @@ def test_both_sides_run_rounds_and_their_adapters_sample_images(
     assert next(point.seconds for point in points if (point.side, point.round) == (TRL, 2)) == 3.0
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_side_that_dies_reports_its_error(small: str, tmp_path: Path) -> None:
     with (
         our_process(small, ["--rounds", "0"], tmp_path, "ours") as process,

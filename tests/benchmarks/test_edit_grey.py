@@ -24,6 +24,7 @@ def test_likeness_and_standard_errors_by_hand() -> None:
     assert in_errors(np.array([1.0, 3.0])) == pytest.approx(2.0)
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_the_path_runs_and_the_control_has_other_inputs(tmp_path: Path) -> None:
     folder = prepared(tmp_path, 2, range(4), range(10, 14))
     smaller = ["--rounds", "1", "--prompts.images_per_prompt", "2", "--sampling.batch_size", "4"]
@@ -33,6 +34,7 @@ def test_the_path_runs_and_the_control_has_other_inputs(tmp_path: Path) -> None:
     assert not np.array_equal(scores[1], scores[2])
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_a_run_learns_to_read_its_input_image(tmp_path: Path) -> None:
     before, after, control = trained_scores(prepared(tmp_path, 400, range(32), range(1000, 1064)), 0, [])

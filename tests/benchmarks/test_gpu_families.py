@@ -16,6 +16,7 @@ from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import MAKERS, policy_table
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_a_round_of_each_family_is_measured_with_tiny_models(tmp_path: Path) -> None:
     command = [

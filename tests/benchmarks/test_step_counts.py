@@ -81,6 +81,7 @@ def forward(bare: Any) -> dict[str, Any]:
     return {name: forward_counts(make(copy.deepcopy(bare))) for name, make in makers.items()}
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_forward_pass_of_32_rows_stays_within_1000_kernels_and_100_gb(forward: dict[str, Any]) -> None:
     assert forward["sampler"].total_kernels <= 1000
     assert forward["sampler"].total_bytes <= 100e9
@@ -138,6 +139,7 @@ def small(tables: dict) -> Recipe:
     return Recipe.parse(tables)
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_no_host_wait_is_inside_a_step_or_a_micro_batch(small: Recipe) -> None:
     step, task, micro_batch = (waits_of(small)[part] for part in PARTS)
     assert step == 0
@@ -145,6 +147,7 @@ def test_no_host_wait_is_inside_a_step_or_a_micro_batch(small: Recipe) -> None:
     assert task == 3  # images, and whether pixels and latents are finite, when all steps are done
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_number_read_in_a_transition_is_a_host_wait_of_each_step(
     small: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ def finding(lines: list[list[str]], subject: str) -> tuple[str, str]:
     return lines[index][0], " ".join([*lines[index][2:], *after])
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_healthy_recipe_has_no_fault_and_nothing_is_left_behind(
     recipe_file: Path, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_run_against_the_pretrained_model_gives_the_results_of_its_report(
     assert len(np.unique(np.asarray(Image.open(output / "images.png")))) > 50
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_two_runs_are_compared_with_each_other_and_a_lora_of_another_rank(tables: dict, tmp_path: Path) -> None:
     first, second = run_of(tables, "one"), run_of(tables, "two", seed=5)
     wide = run_of({**tables, "policy": {**tables["policy"], "lora": {"rank": 8, "alpha": 8}}}, "wide") / "lora"

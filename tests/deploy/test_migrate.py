@@ -251,6 +251,7 @@ def test_the_command_prints_a_recipe_and_says_the_notes_beside_it(
     assert main([*command, "--output", str(tmp_path / "mine.toml")]) == 2  # nobody's recipe is written over
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_migrated_config_trains_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = {"num_epochs": 1, "mixed_precision": "no", "sample_num_steps": 5, "train_timestep_fraction": 0.5}

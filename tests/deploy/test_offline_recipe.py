@@ -13,6 +13,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_the_recipe_learns_the_pairs_of_a_run_of_the_embedded_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -59,6 +59,7 @@ def test_stable_diffusion_1_5_has_the_numbers_of_ddpo_pytorch() -> None:
     assert numbers.trajectory_bytes == 52 * 4 * 64 * 64 * 4 + 50 * 12 + 77 * 768 * 2
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_the_single_gpu_recipe_fits_the_gpu_it_names() -> None:
     recipe = Recipe.load(RECIPES / "sd15_aesthetic.toml")
     text, numbers = plan(recipe), plan_of(recipe)
@@ -258,6 +259,7 @@ def test_ddpo_pytorchs_recipe_has_four_updates_of_64_images_a_round() -> None:
     assert (numbers.images, numbers.images_per_step, numbers.optimizer_steps) == (256, 64, 4)
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_the_copy_of_the_network_is_counted_if_numerics_differ(tables: dict) -> None:
     own = {"algorithm": {**tables["algorithm"], "off_policy": {"ratio": "proximal"}}}
     alike, half, merged = (

@@ -92,6 +92,7 @@ def test_a_mistyped_number_is_refused_with_its_key_or_is_of_a_size_that_a_run_ca
         assert all(value <= 10**9 for value in taken), (place, taken)
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_what_is_accepted_has_a_plan_with_finite_numbers() -> None:
     base = BASES["tiny/jpeg"]

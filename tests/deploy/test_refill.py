@@ -68,6 +68,7 @@ def test_attempts_end_with_the_groups_that_there_are(refilled: dict) -> None:
     assert metrics["optimizer_steps"] == 0
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_resumed_run_has_the_same_bits(refilled: dict) -> None:
     refilled |= {"rounds": 3, "checkpoint": {"every": 1}, "max_policy_lag": 1}
     _, whole = trained(refilled)

@@ -105,6 +105,7 @@ def test_a_resumed_run_has_the_same_bits(replaying: dict, lag: int) -> None:
     assert trained({**replaying, "name": "without", "learner": without})[1] != whole
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_refilled_round_is_replayed_with_its_further_groups(replaying: dict) -> None:
     replaying |= {"rounds": 3, "checkpoint": {"every": 1}}
     replaying["reward"] = {"name": "function", "path": "tests.user_functions:seldom"}

@@ -42,6 +42,7 @@ def checkpoint(home: Path, name: str, rounds_done: int) -> Checkpoint:
     return load_checkpoint(checkpoint_of(RunFolder(home / "runs" / name).checkpoints, rounds_done))
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_run_starts_from_a_rounds_weights_with_a_fresh_optimizer_and_says_so(
     home: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -69,6 +70,7 @@ def test_a_run_starts_from_a_rounds_weights_with_a_fresh_optimizer_and_says_so(
     assert f"started from the weights of {first}" in folder.report.read("report.html").decode()
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_resume_needs_neither_the_earlier_run_nor_the_option(home: Path, capsys: pytest.CaptureFixture) -> None:
     whole, halves, first = str(home / "runs/first"), "halves", home / "runs/first"
     assert started(home, "whole", whole) == 0

@@ -94,6 +94,7 @@ def check_means(rows: list[dict], found: dict) -> None:
     assert found["colors"]["interval_95"][0] <= found["colors"]["mean"] <= found["colors"]["interval_95"][1]
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_suite_compares_weights_by_category(
     small_suite: Suite, tables: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -66,6 +66,7 @@ def assert_plays(data: bytes) -> None:
     assert len(frames) == FRAMES and frames[0].std() > 1 and not np.array_equal(frames[0], frames[-1])
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_the_ledger_has_posters_and_fingerprints_of_all_frames(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = Recipe.load(str(run / "recipe.toml"))
     rounds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

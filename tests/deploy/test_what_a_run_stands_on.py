@@ -179,6 +179,7 @@ def test_a_moved_run_resumes_with_model_and_prompts_at_other_paths(
     assert cli.main([*sample, "--policy.model", str(home / "model")]) == 0
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_weights_of_two_models_are_not_compared_unasked(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -111,6 +111,7 @@ def test_an_algorithm_without_an_average_publishes_what_it_trains_and_saves_it_o
     assert after.own_weights is None and after.trained is after.weights[-1]
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_old_predictions_are_those_of_the_weights_that_sampled(tables: dict) -> None:
     """The gradient at lag 1 is of a network compared with its predictions two versions ago."""
     algorithm = {"name": "diffusion_nft", "noised_samples": 2}

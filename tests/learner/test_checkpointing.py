@@ -37,6 +37,7 @@ def is_on(learner: Learner) -> bool:
     return learner._policy.network.is_gradient_checkpointing
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_it_is_off_where_the_micro_batches_fit_and_on_where_they_do_not(
     tables: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,6 +102,7 @@ def test_the_values_are_learned_from_the_images_that_are_trained_on(tables: dict
     assert found is not None and torch.equal(found, expected) and found[selected].any()
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(tables: dict) -> None:
     tables = {**tables, **VALUE, "rounds": 3, "checkpoint": {"every": 1}}
     whole = Recipe.parse({**tables, "name": "whole"})

@@ -83,6 +83,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     return home, done
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_run_and_its_report_hold_no_secret(finished: tuple[Path, subprocess.CompletedProcess[bytes]]) -> None:
     home, done = finished
     assert done.returncode == 0, done.stdout + done.stderr

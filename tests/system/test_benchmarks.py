@@ -18,6 +18,7 @@ def printed(benchmark: str, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_stand_ins_go_round_on_the_real_stream() -> None:
     text = printed("overlap", "--only", "scaling", "--samplers", "2", "--rounds", "2")
     ((tasks, seconds, ideal),) = re.findall(r"^\| 2 \| (\d+) \| .* \| (\S+) \((\S+)\) \|", text, flags=re.MULTILINE)
@@ -25,6 +26,7 @@ def test_stand_ins_go_round_on_the_real_stream() -> None:
     assert 1.9 < float(seconds) < 4  # nothing is faster than the ideal; how near it comes is the benchmark's matter
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_devices_shared_in_turns_are_busy_and_never_used_twice_at_once() -> None:
     text = printed("overlap", "--only", "colocated", "--devices", "2", "--rounds", "2")
     ((busy, both),) = re.findall(r"^\| 2 \| .* \| (\d+\.\d)% \| (\d+\.\d)% \|$", text, flags=re.MULTILINE)
@@ -37,6 +39,7 @@ def test_each_node_takes_a_version_in_once() -> None:
     assert float(fewest) == pytest.approx(1, abs=0.01) and float(most) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_rounds_cost_is_measured_and_fitted(tmp_path: Path) -> None:
     text = printed("scale", "--short", "--rounds", "1", "--folder", str(tmp_path))
     images = re.findall(r"^\| images \| (\d+) \| (\d+) \| \S+ \| (\S+) \|", text, flags=re.MULTILINE)
@@ -47,6 +50,7 @@ def test_a_rounds_cost_is_measured_and_fitted(tmp_path: Path) -> None:
     assert len(rows) == 5 and rows[0].startswith("axis,value,images,")
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_reading_averaging_and_saving_a_network_take_one_copy_at_most() -> None:
     text = printed("whole_network", "--millions", "40", "--shard-bytes", "20000000")
     found = {

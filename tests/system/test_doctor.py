@@ -38,6 +38,7 @@ def doctor(recipe_file: Path, address: str, *options: str, **environment: str) -
     return subprocess.run(command, cwd=root, env=there, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_too_few_samplers_are_a_warning_and_a_missing_resource_is_a_fault(recipe_file: Path, address: str) -> None:
     few = doctor(recipe_file, address, "--samplers.count", "3")

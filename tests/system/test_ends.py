@@ -95,6 +95,7 @@ def test_a_run_ends_in_one_line_and_leaves_nothing_running(
     resumes_to_the_same_bits(tables, recipe)
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_a_run_that_has_joined_a_cluster_notices_when_its_head_is_gone(tables: dict, tmp_path: Path) -> None:
     tables |= {"rounds": ENDLESS, "checkpoint": {"every": ENDLESS}}

@@ -13,6 +13,7 @@ from tests.system.drivers import Driver, committed_fingerprint
 FREE_BYTES = 4 << 30  # that the run may take before Ray's monitor ends its processes
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_a_process_that_is_ended_for_its_memory_is_replaced(
     tables: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -63,6 +63,7 @@ def test_two_ranks_match_one_rank_and_give_the_same_bits_after_kills(tables: dic
     assert difference < 1e-5
 
 
+@pytest.mark.rotated(every=2, group="longest")
 @pytest.mark.thorough
 def test_two_ranks_resume_to_the_same_bits_with_or_without_sharded_optimizer_state(
     tables: dict, cluster: None, calm: str

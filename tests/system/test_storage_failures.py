@@ -56,6 +56,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, *names: str, times: int) -> None:
     monkeypatch.setattr(LocalFiles, "put", put)
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_what_a_disk_refuses_in_one_round_is_written_after_the_next(
     tables: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -63,6 +63,7 @@ def test_required_graphs_that_recomputation_prevents_are_told_in_one_line(
         assert printed == []
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_the_plan_counts_what_recordings_keep_on_a_gpu_alone(tables: dict) -> None:
     on_gpu = tables | {"samplers": {"num_gpus": 1}}
     numbers = plan_of(Recipe.parse(on_gpu))

@@ -197,6 +197,7 @@ def test_only_compiled_networks_on_a_gpu_are_channels_last(tiny_model: Path, mon
     assert network_format("cpu", True) == network_format("cuda:0", False) == torch.contiguous_format
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_the_memory_prediction_has_each_roles_format(tiny_model: Path) -> None:
     eager, sampler, both = (
         StableDiffusion.model_validate({"model": str(tiny_model), "compile": compiled}).sizes(SAMPLING, "cuda")

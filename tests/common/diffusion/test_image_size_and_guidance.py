@@ -174,6 +174,7 @@ def test_cached_embeddings_belong_to_their_negative_prompt(tiny_model: Path, neg
         assert torch.equal(policy.encode(prompts)["negative_prompt_embeds"], expected)
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_one_side_alone_and_a_sample_size_of_two_numbers(tmp_path: Path) -> None:
     model = MAKERS["stable_diffusion"](tmp_path / "model")
     assert config_of("stable_diffusion", model, 24, None).sizes(sampling(1.0), "cpu").latent_shape == (4, 12, 8)

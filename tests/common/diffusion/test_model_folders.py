@@ -155,6 +155,7 @@ def test_the_only_variant_is_taken(family: str, shards: bool, models: dict[str, 
     assert_accepted("weights in several files with an index" if shards else "only the files of one variant (fp16)")
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_of_several_variants_one_has_to_be_named(models: dict[str, Path], tmp_path: Path) -> None:
     model = copied(models["stable_diffusion"], tmp_path / "model")
     usual = weights_file(model, "unet").read_bytes()

@@ -141,6 +141,7 @@ def test_a_learner_has_neither_text_encoder_nor_decoder_and_the_same_network(
         assert torch.equal(value, learner.network.state_dict()[name]), name
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_a_resolution_means_the_same_latents_to_sampler_and_learner(tiny_model: Path) -> None:
     shapes = [tiny_policy(tiny_model, role, resolution=32).latent_shape for role in ("sampler", "learner")]
     assert shapes == [(4, 16, 16), (4, 16, 16)]  # this decoder makes 2 × 2 pixels of a latent

@@ -56,6 +56,7 @@ def test_the_default_dtype_is_not_remembered() -> None:
             torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_counted_sizes_are_equal_without_it(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = StableDiffusion(model=str(tiny_model), gradient_checkpointing=True)
     found = config.sizes(SAMPLING)

@@ -31,6 +31,7 @@ def test_layers_are_stored_in_eight_bits_but_for_norms_and_adapters(tiny_model: 
     assert stored_bytes(policy.network) < 0.4 * stored_bytes(plain.network)  # from float32, with norms as they were
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_the_plan_counts_eight_bits(tiny_model: Path) -> None:
     configs = [tiny_policy(tiny_model, **keys).config for keys in ({}, KEY)]
     plain, stored = (config.sizes(SAMPLING) for config in configs)

@@ -39,6 +39,7 @@ def losses_in(folder: Path) -> list[tuple[int, int, float]]:
     return [(row["_step"], row["round"], row["loss"]) for row in history(folder)]
 
 
+@pytest.mark.rotated(every=2, group="longest")
 def test_images_tables_and_histograms_are_in_the_row_of_their_round(tmp_path: Path) -> None:
     images = (CaptionedImage(FOX, "a red fox: reward 1.5"), CaptionedImage(NEARLY_BLACK, "night"))
     rows = (("a red fox", 7, CaptionedImage(JAY), 1.5), ("night", 8, CaptionedImage(NEARLY_BLACK), float("nan")))
