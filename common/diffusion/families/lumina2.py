@@ -134,7 +134,8 @@ class Lumina2(DiffusersConfig):
         frames, *sides = network.get("axes_lens", PLACES)
         if self.max_sequence_length >= frames:
             raise ValueError(
-                f"policy.max_sequence_length is {self.max_sequence_length}: this model has places for {frames - 1} tokens"
+                f"policy.max_sequence_length is {self.max_sequence_length}: this model has places for {frames - 1} tokens "
+                "(axes_lens in transformer/config.json)"
             )
         largest = self.scale_factor * network.get("patch_size", PATCH) * min(sides)
         for key, given in self.given_sizes.items():
