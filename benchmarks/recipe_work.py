@@ -46,6 +46,7 @@ NAMES = (
     "families/z_image_window",
     "families/z_image_turbo_window",
     "families/hunyuan_image_window",
+    "families/lumina2_window",
     "families/sana_1600m_window",
     "families/pixart_sigma_aesthetic",
     "families/wan21_1_3b_window",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.changed_keys import ABSENT, Change
-from tests.hunyuan_keys import HUNYUAN_DECODER, HUNYUAN_IMAGE, HUNYUAN_INDEX
+from tests.image_keys import HUNYUAN_DECODER, HUNYUAN_IMAGE, HUNYUAN_INDEX, LUMINA
 from tests.video_keys import (
     EXPERT,
     EXPERTS_INDEX,
@@ -382,6 +382,8 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "hunyuan_image": {"transformer": HUNYUAN_IMAGE, "vae": HUNYUAN_DECODER, "scheduler": FLOW, "text_encoder_2": T5}
     | {"text_encoder": QWEN_TEXT, "tokenizer": QWEN_TOKENIZER, "tokenizer_2": T5_TOKENIZER}
     | {"model_index": HUNYUAN_INDEX},
+    "lumina2": {"transformer": LUMINA, "vae": DECODER, "text_encoder": GEMMA_2, "tokenizer": QWEN_TOKENIZER}
+    | {"scheduler": FLOW | {"num_train_timesteps": [500]}},
     "pixart_sigma": {"transformer": PIXART, "vae": DECODER, "scheduler": DDIM, "text_encoder": T5}
     | {"tokenizer": T5_TOKENIZER},
     "sana": {"transformer": SANA, "vae": SANA_DECODER, "scheduler": FLOW_SOLVER, "text_encoder": GEMMA_2}

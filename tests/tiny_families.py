@@ -15,7 +15,13 @@ from tests.tiny_hunyuan_image import save_tiny_hunyuan_image
 from tests.tiny_language_models import tiny_chat_tokenizer, tiny_qwen3
 from tests.tiny_pipeline import save_tiny_inpainting, save_tiny_pipeline, tiny_tokenizer
 from tests.tiny_qwen_image import save_tiny_qwen_image, save_tiny_qwen_image_edit, save_tiny_qwen_image_edit_plus
-from tests.tiny_text_to_image import save_tiny_pixart_sigma, save_tiny_sana, tiny_t5, tiny_t5_tokenizer
+from tests.tiny_text_to_image import (
+    save_tiny_lumina2,
+    save_tiny_pixart_sigma,
+    save_tiny_sana,
+    tiny_t5,
+    tiny_t5_tokenizer,
+)
 from tests.tiny_video import (
     FRAMES,
     save_tiny_ltx,
@@ -223,6 +229,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "flux2_klein_edit": save_tiny_flux2_klein,
     "z_image": save_tiny_z_image,
     "hunyuan_image": save_tiny_hunyuan_image,
+    "lumina2": save_tiny_lumina2,
     "pixart_sigma": save_tiny_pixart_sigma,
     "sana": save_tiny_sana,
     "wan": save_tiny_wan,
@@ -243,7 +250,7 @@ EDITING = (
 )
 # Families with a mask get prompts of different lengths, so that their masks differ.
 PROMPTS = {
-    **dict.fromkeys((*QWEN_IMAGE, "pixart_sigma", "sana", "ltx"), ["a cat", "a calf", "cow"]),
+    **dict.fromkeys((*QWEN_IMAGE, "lumina2", "pixart_sigma", "sana", "ltx"), ["a cat", "a calf", "cow"]),
     "hunyuan_image": ["a cat", 'a "calf"', "cow"],  # one with a text for the ByT5
     "z_image": ["a cat", "a long calf", "cow"],  # 32, 38 and 30 tokens with the template, and so 32 and 64 with filling
     "digits:Digits": ["seven", "3", "a two"],
@@ -261,6 +268,7 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
     ),
     "z_image": {"max_sequence_length": 38, "resolution": 16},
     "hunyuan_image": {"max_sequence_length": 12, "resolution": 16},
+    "lumina2": {"max_sequence_length": 15},
     "pixart_sigma": {"max_sequence_length": 12},
     "sana": {"max_sequence_length": 14},
     **dict.fromkeys(

@@ -8,6 +8,10 @@ import torch
 
 from tests.tiny_decoders import EIGHTFOLD
 
+LUMINA_PROMPT = (
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts. <Prompt Start>"
+)
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 
 
@@ -80,6 +84,39 @@ def save_tiny_pixart_sigma(folder: Path, seed: int = 0, **scheduler: object) -> 
     return folder
 
 
+def save_tiny_lumina2(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """Write the pipeline. `scheduler` changes its configuration. The system prompt is 2 tokens before a prompt."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(40, 16, 16),
+        cap_feat_dim=32,
+    )
+    keys: Any = {"shift": 6.0, **scheduler}
+    autoencoder: Any = EIGHTFOLD | {"scaling_factor": 0.4, "shift_factor": 0.1, "use_quant_conv": False}
+    tokenizer = tiny_gemma_tokenizer(LUMINA_PROMPT)
+    pipeline = Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**keys),
+        vae=AutoencoderKL(**autoencoder, use_post_quant_conv=False),
+        text_encoder=_gemma_2(32, len(tokenizer), layers=2),
+        tokenizer=tokenizer,
+    )
+    assert f"{pipeline.system_prompt} <Prompt Start>" == LUMINA_PROMPT
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 def tiny_t5_tokenizer(max_length: int = 12) -> Any:
     """Return a tokenizer whose tokens are letters."""
     from transformers import T5TokenizerFast
@@ -99,10 +136,15 @@ def tiny_gemma_tokenizer(instruction: str) -> Any:
     return tokenizer
 
 
-def _gemma_2(width: int, vocabulary: int) -> Any:
+def _gemma_2(width: int, vocabulary: int, layers: int = 1) -> Any:
     from transformers import Gemma2Config, Gemma2Model
 
-    keys: Any = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "vocab_size": vocabulary}
+    keys: Any = {
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+    }
     return Gemma2Model(Gemma2Config(**keys, num_attention_heads=2, num_key_value_heads=1, head_dim=8))
 
 

@@ -18,6 +18,7 @@ POLICIES: Registry = {
     "flux2_klein_edit": "ray_ddpo.common.diffusion.families.flux2:Flux2KleinEdit",
     "z_image": "ray_ddpo.common.diffusion.families.z_image:ZImage",
     "hunyuan_image": "ray_ddpo.common.diffusion.families.hunyuan_image:HunyuanImage",
+    "lumina2": "ray_ddpo.common.diffusion.families.lumina2:Lumina2",
     "pixart_sigma": "ray_ddpo.common.diffusion.families.pixart_sigma:PixArtSigma",
     "sana": "ray_ddpo.common.diffusion.families.sana:Sana",
     "wan": "ray_ddpo.common.diffusion.families.wan:Wan",

@@ -21,6 +21,7 @@ REPEATED_BLOCKS = (
     "Flux2SingleTransformerBlock",
     "HunyuanImageTransformerBlock",
     "HunyuanImageSingleTransformerBlock",
+    "Lumina2TransformerBlock",
     "SanaTransformerBlock",
     "WanTransformerBlock",
     "LTXVideoTransformerBlock",

@@ -1,16 +1,16 @@
 """Z-Image (Tongyi Lab 2025, arXiv 2511.22699): one stream of image and text tokens, with flow matching."""
 
 import functools
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from ray_ddpo.common.diffusion.families.masked_text import MaskedTextPolicy, masked_rows
+from ray_ddpo.common.diffusion.families.one_stream import patches, places, through, unpatched
 from ray_ddpo.common.diffusion.families.packing import PATCH
 from ray_ddpo.common.diffusion.families.published_parts import FLOW_AUTOENCODER, QWEN_3_4B
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
@@ -73,25 +73,18 @@ def forward_padded(
     time = network.t_embedder(times * network.t_scale).type_as(latents)
     is_read, text_places, image_places = _places(prompt_embeds_mask, height, width)
     image_turns, text_turns = _turns(network, image_places), _turns(network, text_places)
-    image = network.all_x_embedder[PATCHES](_patches(latents))
+    image = network.all_x_embedder[PATCHES](patches(latents, PATCH))
     fill = network.x_pad_token.expand(len(latents), filled(height * width) - height * width, -1)
     image = torch.cat([image, fill.to(image.dtype)], dim=1)
-    image = _through(network, network.noise_refiner, image, None, image_turns, time)
+    image = through(network, network.noise_refiner, image, None, image_turns, time)
     text = network.cap_embedder(prompt_embeds)
     text = torch.where(prompt_embeds_mask.unsqueeze(-1) > 0, text, network.cap_pad_token.to(text.dtype))
-    text = _through(network, network.context_refiner, text, is_read, text_turns)
+    text = through(network, network.context_refiner, text, is_read, text_turns)
     joined, turns = torch.cat([image, text], dim=1), torch.cat([image_turns, text_turns], dim=1)
     mask = torch.cat([is_read.new_ones(image.shape[:2]), is_read], dim=1)
-    joined = _through(network, network.layers, joined, mask, turns, time)
+    joined = through(network, network.layers, joined, mask, turns, time)
     tokens = network.all_final_layer[PATCHES](joined, c=time)[:, : height * width]
-    squares = tokens.unflatten(1, (height, width)).unflatten(-1, (PATCH, PATCH, -1))
-    return squares.permute(0, 5, 1, 3, 2, 4).reshape(latents.shape)
-
-
-def _patches(latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L C4"]:
-    """Return each square of latents as a token, in rows from the top, with the channels of a latent side by side."""
-    squares = latents.unflatten(-1, (-1, PATCH)).unflatten(2, (-1, PATCH))
-    return squares.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return unpatched(tokens, latents, PATCH)
 
 
 def _places(
@@ -101,29 +94,15 @@ def _places(
 
     Text is at frames 1, 2, … with its filling; the image is at the frame behind them, and its filling at 0.
     """
-    rows, length, device = *mask.shape, mask.device
     ends = -(-(mask > 0).sum(1, keepdim=True) // MULTIPLE) * MULTIPLE
-    frames = torch.arange(length, device=device)
-    text = torch.nn.functional.pad((frames + 1).unsqueeze(1), (0, 2)).expand(rows, -1, -1)
-    at_row, at_column = (torch.arange(side, device=device) for side in (height, width))
-    grid = torch.stack(torch.meshgrid(at_row, at_column, indexing="ij"), dim=-1).flatten(0, 1).expand(rows, -1, -1)
-    image = torch.cat([(ends + 1).unsqueeze(1).expand(-1, height * width, -1), grid], dim=-1)
+    frames = torch.arange(mask.shape[1], device=mask.device)
+    text, image = places(frames + 1, ends + 1, height, width)
     return frames < ends, text, torch.nn.functional.pad(image, (0, 0, 0, filled(height * width) - height * width))
 
 
 def _turns(network: Any, places: Int[Tensor, "B L 3"]) -> Tensor:
     """Return the rotary embedding of places, as complex numbers."""
     return network.rope_embedder(places.flatten(0, 1)).unflatten(0, places.shape[:2])
-
-
-def _through(network: Any, layers: Iterable[nn.Module], tokens: Tensor, *inputs: Tensor | None) -> Tensor:
-    """Return the output of layers, which are computed again in the backward pass if the network checkpoints."""
-    for layer in layers:
-        if network.gradient_checkpointing and torch.is_grad_enabled():
-            tokens = network._gradient_checkpointing_func(layer, tokens, *inputs)
-        else:
-            tokens = layer(tokens, *inputs)
-    return tokens
 
 
 class ZImagePolicy(MaskedTextPolicy):

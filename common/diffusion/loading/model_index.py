@@ -28,6 +28,7 @@ FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its
     "Flux2KleinPipeline": ("flux2_klein", "FLUX.2-klein"),
     "ZImagePipeline": ("z_image", "Z-Image"),
     "HunyuanImagePipeline": ("hunyuan_image", "HunyuanImage"),
+    "Lumina2Pipeline": ("lumina2", "Lumina 2"),
     "SanaPipeline": ("sana", "SANA"),
     "PixArtSigmaPipeline": ("pixart_sigma", "PixArt-Sigma"),
     "WanPipeline": ("wan", "Wan"),

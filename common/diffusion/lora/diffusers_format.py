@@ -56,6 +56,7 @@ LOADERS = {  # the network's class → diffusers' loader of LoRA files for its p
     "Flux2Transformer2DModel": "Flux2LoraLoaderMixin",
     "QwenImageTransformer2DModel": "QwenImageLoraLoaderMixin",
     "ZImageTransformer2DModel": "ZImageLoraLoaderMixin",
+    "Lumina2Transformer2DModel": "Lumina2LoraLoaderMixin",
     "SanaTransformer2DModel": "SanaLoraLoaderMixin",
     "WanTransformer3DModel": "WanLoraLoaderMixin",
     "LTXVideoTransformer3DModel": "LTXVideoLoraLoaderMixin",

@@ -114,6 +114,7 @@ def test_blocks_are_those_of_the_published_networks() -> None:
         Flux2Transformer2DModel,
         FluxTransformer2DModel,
         HunyuanImageTransformer2DModel,
+        Lumina2Transformer2DModel,
         QwenImageTransformer2DModel,
         SanaTransformer2DModel,
         SD3Transformer2DModel,
@@ -131,6 +132,7 @@ def test_blocks_are_those_of_the_published_networks() -> None:
             Flux2Transformer2DModel(num_layers=1, num_single_layers=6),
             ZImageTransformer2DModel(n_layers=3),  # and two refiners of 2
             HunyuanImageTransformer2DModel(num_layers=2, num_single_layers=5),
+            Lumina2Transformer2DModel(num_layers=4),  # and two refiners of 2
             SanaTransformer2DModel(num_layers=6),
         ):
             names = [type(block).__name__ for block in repeated_blocks(network)]
@@ -147,6 +149,7 @@ def test_blocks_are_those_of_the_published_networks() -> None:
         "ZImageTransformerBlock": 7,
         "HunyuanImageTransformerBlock": 2,
         "HunyuanImageSingleTransformerBlock": 5,
+        "Lumina2TransformerBlock": 8,
         "SanaTransformerBlock": 6,
     }
 

@@ -49,6 +49,7 @@ SIZES = {
     "flux2_klein_edit": (12, 24),
     "z_image": (24, 12),
     "hunyuan_image": (24, 12),
+    "lumina2": (48, 32),
     "sana": (64, 32),
     "pixart_sigma": (48, 32),
     "wan": (32, 16),
@@ -212,7 +213,7 @@ def test_a_size_that_cannot_be_made_is_refused_with_the_recipe(
 def test_units_of_a_size_are_those_of_decoder_and_patch(tmp_path: Path) -> None:
     units = {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4, "flux_kontext": 4, "qwen_image": 4}
     units |= {"qwen_image_edit": 4, "wan": 16, "wan_i2v": 16, "ltx": 32}
-    units |= {"hunyuan_image": 2, "z_image": 4, "flux2": 4, "sana": 32, "pixart_sigma": 16}
+    units |= {"hunyuan_image": 2, "lumina2": 16, "z_image": 4, "flux2": 4, "sana": 32, "pixart_sigma": 16}
     for name, unit in units.items():
         config = build(POLICIES, policy_table(name, MAKERS[name](tmp_path / name)), "policy")
         assert config.size_unit == unit

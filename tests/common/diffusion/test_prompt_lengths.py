@@ -31,6 +31,7 @@ EXPECTED = {
     "flux2_klein_edit": {"text_encoder": (12, 2)},
     "z_image": {"text_encoder": (12, 2)},  # behind the template
     "hunyuan_image": {"text_encoder": (12, 2), "text_encoder_2": (128, 0)},
+    "lumina2": {"text_encoder": (13, 2)},
     "sana": {"text_encoder": (13, 2)},
     "pixart_sigma": {"text_encoder": (12, 2)},
     "wan": {"text_encoder": (12, 2)},
@@ -66,7 +67,7 @@ def test_each_text_encoder_says_how_many_it_cuts_and_where(family: str, tmp_path
         assert "cuts 2, the first, 'abcdefghijklmnop', after 'abcdefghij'" in said
     same = 3 if family in ("stable_diffusion", "sd_inpainting", "sdxl") else 2
     assert f"{same} are read as another one is" in said
-    more = int(family == "sana")  # whose instruction does not precede a negative prompt
+    more = {"sana": 1, "lumina2": 2}.get(family, 0)  # of the instruction, which a negative prompt does not follow
     assert f"reads {length + more} tokens and cuts sampling.negative_prompt after '{'n' * (len(end) + more)}'" in said
     for count in (length + more - (len(end) < length) * (length - len(end)), len(end) + more + 1):
         said = cut_prompts_in_words(readers, ["a cat"], SamplingTable(negative_prompt="n" * count))

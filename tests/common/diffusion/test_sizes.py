@@ -51,6 +51,7 @@ PUBLISHED = {  # parameters of the network, of its decoder and of its text encod
         405_575_491,
         [8_292_166_656, 219_314_944],
     ),
+    ("lumina2", "Alpha-VLLM/Lumina-Image-2.0"): (2_609_769_152, 83_819_683, [2_614_341_888]),
     # SANA: the files on the hub have 3.21 GB in half precision, 1.25 GB in float32 and 5.23 GB in half precision.
     ("sana", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"): (1_604_462_752, 312_250_275, [2_614_341_888]),
     # The network's file on the hub has 2,443,492,488 bytes in float32, 68,104 of them its header.

@@ -1,4 +1,4 @@
-"""Other values of each configuration key of HunyuanImage's parts, as tests/key_candidates.py has them."""
+"""Other values of the keys of HunyuanImage's and Lumina 2's parts, as tests/key_candidates.py has them."""
 
 from typing import Any
 
@@ -39,4 +39,23 @@ HUNYUAN_DECODER: dict[str, list[Any]] = {
 HUNYUAN_INDEX: dict[str, list[Any]] = {
     "guider": [["diffusers", "PerturbedAttentionGuidance"], ["diffusers", "ClassifierFreeGuidance"], [None, None]],
     "ocr_guider": [["diffusers", "AutoGuidance"], [None, None], ABSENT],
+}
+LUMINA: dict[str, list[Any]] = {
+    "sample_size": [8],
+    "patch_size": [1, 4],
+    "in_channels": [8],
+    "out_channels": [8],
+    "hidden_size": [48],
+    "num_layers": [2],
+    "num_refiner_layers": [2],
+    "num_attention_heads": [1],
+    "num_kv_heads": [2],
+    "multiple_of": [32],
+    "ffn_dim_multiplier": [0.5],
+    "norm_eps": [0.01],
+    "scaling_factor": [2.0],
+    "axes_dim_rope": [[6, 2, 4], [4, 4, 8]],
+    "axes_lens": [[20, 16, 16], [10, 16, 16], [40, 1, 16]],
+    "cap_feat_dim": [24],
+    "unknown_key": [1],
 }
