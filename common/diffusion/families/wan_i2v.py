@@ -86,6 +86,7 @@ class WanImage(Wan):
     reads_inputs: ClassVar[tuple[str, ...]] = ("image",)
     policy_class: ClassVar[type[DiffusersPolicy]] = WanImagePolicy
     pipeline_class: ClassVar[str] = "WanImageToVideoPipeline"
+    pipeline_packages: ClassVar[tuple[str, ...]] = ("ftfy",)
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "image_processor")
     published: ClassVar[dict[str, Configs]] = {
         "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": WAN_21_I2V_14B,
