@@ -69,16 +69,16 @@ class FunctionReward(Reward):
             function = self._function()
         except ValueError:  # loading reports it
             return
-        if asks_for_inputs(function):
-            self._refuse_inputs_with_gradient()
+        self._refuse_arrays_with_gradient(function)
         if requires_inputs(function):
             refuse_without_inputs(prompts, self.users_code)
 
-    def _refuse_inputs_with_gradient(self) -> None:
-        """Raise RewardMistake if the function, which asks for input images, is called with tensors, and so without them."""
-        if self.differentiable:
+    def _refuse_arrays_with_gradient(self, function: Any) -> None:
+        """Raise RewardMistake if the function is called with tensors, and asks for input images or clips."""
+        asked = "inputs" if asks_for_inputs(function) else "clips" if asks_for_clips(function) else None
+        if self.differentiable and asked:
             raise RewardMistake(
-                f"{self.users_code} has a parameter inputs, and differentiable is true: a differentiable function gets "
+                f"{self.users_code} has a parameter {asked}, and differentiable is true: a differentiable function gets "
                 "images, prompts and metadata alone; leave one of the two out"
             )
 
@@ -104,8 +104,7 @@ class FunctionReward(Reward):
             ValueError: there is no such function, or it was handed over to an earlier process only.
         """
         function = self._function()
-        if asks_for_inputs(function):
-            self._refuse_inputs_with_gradient()
+        self._refuse_arrays_with_gradient(function)
         called = _on_arrays(function, device) if self.differentiable else function
         return under_contract(called, self.users_code, not self.differentiable and asks_for_inputs(function))
 

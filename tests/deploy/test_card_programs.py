@@ -33,6 +33,7 @@ from tests.tiny_policy import scatter
 pytestmark = pytest.mark.rotated(every=3)
 
 SIZES = {"sana": (32, 32), "ltx": (32, 32), "sd3": (8, 16)}  # as the model, or not square; others: 16 × 16
+PACKAGES = {"wan_i2v": " ftfy imageio", "qwen_image_edit": " torchvision", "flux2_edit": " torchvision"}
 EDITED = {"image": input_pixels(0), "mask": input_mask(0).astype(np.uint8) * 255}
 
 
@@ -77,6 +78,7 @@ def compare(family: str, folder: Path, tables: dict, **keys: Any) -> None:
     trajectory = sample_trajectories(policy, ["a cat"], [3], sampling, range(0), inputs=inputs)
     ours = policy.decode(trajectory.final_latents).numpy().astype(int)[0]
     program = loading(recipe, config, str(folder / "model"), "a cat")
+    assert program.startswith("# pip install ") and PACKAGES.get(family, "") in program.splitlines()[0]
     noise = next(image_noise([3], policy.latent_shape))
     theirs = image_of(program, family, folder, noise, config.made_parts(folder / "model"))
     assert ours.shape == theirs.shape and ours.shape[-3:] == (height, width, 3)

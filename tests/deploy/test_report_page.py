@@ -169,6 +169,7 @@ def test_each_prompt_learned_from_by_hand(recipe: Recipe) -> None:
     assert found["cat"] == (3, 1.5, 4.0) and found["owl"] == (2, 100.0, 100.0)
     assert found["fox"][:2] == (1, 5.0) and math.isnan(found["fox"][2]) and "ant" not in found
     assert [row.prompt for row in table.rows][:2] == ["cat", "owl"]  # the largest change first, those without one last
+    assert training_table(Ledger(run.folder.storage, recipe.rollouts), "brightness") is None  # of --reward alone
 
 
 def several(tables: dict, **second: Any) -> Recipe:

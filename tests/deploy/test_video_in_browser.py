@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from ray_ddpo.common.input_images import with_inputs
+from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.commands.report.page import report_page
 from tests.browser import MAY_BE_SKIPPED, browser
@@ -21,6 +24,9 @@ def test_clips_play_in_pairs_and_all_at_once(recipe: Recipe, tmp_path: Path) -> 
     scores = {"jpeg_compressibility": [-3.0, -2.0]}
     before, after = (np.stack([moving_clip(kind + 2 * row, FRAMES) for row in range(2)]) for kind in range(2))
     comparison = replace(compared(scores, scores), before=before, after=after, frame_rate=RATE)
+    Image.fromarray(before[0, 0]).save(tmp_path / "first.png")
+    inputs = with_inputs({"image": "first.png"}, {"image": "image"}, tmp_path)
+    begun = replace(comparison.chosen, prompts=tuple(Prompt(each.text, inputs) for each in comparison.chosen.prompts))
     path = tmp_path / "report.html"
     path.write_text(report_page(run_of(recipe), comparison))
     with browser(tmp_path / "chromium") as page:
@@ -41,3 +47,9 @@ def test_clips_play_in_pairs_and_all_at_once(recipe: Recipe, tmp_path: Path) -> 
         assert page.complaints == []
         page.resize(390, 844)
         assert page.evaluate("document.documentElement.scrollWidth") == 390
+        path.write_text(report_page(run_of(recipe), replace(comparison, chosen=begun)))
+        for width in (1100, 390):
+            page.resize(width, 844)
+            page.open(path)
+            sides = "[...document.querySelectorAll('.pair .input, .pair video')].map((each) => each.clientWidth)"
+            assert len(shown := page.evaluate(sides)) == 3 * 4 and max(shown) - min(shown) <= 4  # the gaps between them

@@ -65,6 +65,7 @@ class FirstFrame(Wan):
 
     reads_inputs: ClassVar[tuple[str, ...]] = ("image",)
     pipeline_class: ClassVar[str] = "WanImageToVideoPipeline"
+    pipeline_packages: ClassVar[tuple[str, ...]] = ("ftfy",)
 
     def taken_channels(self, latent_channels: int) -> int:
         return 2 * latent_channels + self.frames_per_latent

@@ -180,6 +180,7 @@ class Flux2Dev(Flux2Config):
     """FLUX.2-dev, with or without an input image. Guidance is distilled, so that it needs no second forward pass."""
 
     pipeline_class: ClassVar[str] = "Flux2Pipeline"
+    pipeline_packages: ClassVar[tuple[str, ...]] = ("torchvision",)  # for its processor
     published: ClassVar[dict[str, Configs]] = {"black-forest-labs/FLUX.2-dev": DEV}
 
     @property

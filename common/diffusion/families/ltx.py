@@ -88,7 +88,7 @@ class LTX(VideoConfig):
     """LoRA adapters that are trained. By default rank 32 on the projections of both attentions."""
     num_frames: int = Field(default=161, ge=1)
     """Frames of a video: one more than a multiple of the frames that a frame of latents has."""
-    frame_rate: float = Field(default=25.0, gt=0)
+    frame_rate: float = Field(default=25.0, ge=0.1, le=1000)
     """Frames a second of a video. The network reads it."""
     max_sequence_length: int = Field(default=128, ge=1, le=512)
     """Tokens of a prompt that T5 reads."""

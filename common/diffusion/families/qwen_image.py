@@ -232,6 +232,7 @@ class QwenImageEditFamily(QwenImageFamily):
 
     reads_inputs: ClassVar[tuple[str, ...]] = ("image",)
     policy_class: ClassVar[type[DiffusersPolicy]] = QwenImageEditPolicy
+    pipeline_packages: ClassVar[tuple[str, ...]] = ("torchvision",)  # for its processor
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "processor")
     image_mark: ClassVar[str]  # text that stands for a numbered image before the prompt, unless the template has it
 

@@ -52,7 +52,7 @@ class VideoConfig(DiffusersConfig):
 
     num_frames: int = Field(default=81, ge=1)
     """Frames of a video: one more than a multiple of the frames that a frame of latents has."""
-    frame_rate: float = Field(default=16.0, gt=0)
+    frame_rate: float = Field(default=16.0, ge=0.1, le=1000)
     """Frames a second of a stored video."""
 
     @property

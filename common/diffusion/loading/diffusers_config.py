@@ -50,6 +50,7 @@ class DiffusersConfig(PolicyConfig):
     guided_above: ClassVar[float] = 1.0  # the largest guidance scale with which the network runs once a step
     scheduler_class: ClassVar[str | None] = None  # of diffusers, that samples as samplers do; none: the pipeline's own
     takes_diffusers_lora: ClassVar[bool] = True  # whether diffusers loads LoRAs into it; if not, PEFT does
+    pipeline_packages: ClassVar[tuple[str, ...]] = ()  # that the pipeline needs, and this program does not
     takes_negative_prompt: ClassVar[bool] = True
     takes_other_steps: ClassVar[bool] = True
     takes_images: ClassVar[bool] = True

@@ -181,17 +181,15 @@ def _guard(run: Published) -> list[str]:
 
 
 def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str) -> str:
-    """Return a Python program that samples an image with the run's weights.
-
-    The program needs only diffusers if the model has a pipeline there.
-    """
+    """Return a Python program that samples an image with the run's weights. Its first line names the packages it needs."""
     if not isinstance(policy, DiffusersConfig):
         return f"# {type(policy).__name__} has no pipeline in diffusers: use ddpo sample for these weights"
     push, full, part = recipe.push, policy.train == "full", policy.trained_part
     revision = f", revision={push.revision!r}" if push.revision else ""
     names = [policy.pipeline_class, *([policy.network_class] if full else [])]
     names += [policy.scheduler_class] if policy.scheduler_class else []
-    lines = ["import torch", f"from diffusers import {', '.join(sorted(names))}"]
+    lines = [f"# pip install {' '.join(_packages(policy))}", "import torch"]
+    lines += [f"from diffusers import {', '.join(sorted(names))}"]
     lines += ["from diffusers.utils import export_to_video"] if policy.has_frames else []
     lines += ["from PIL import Image  # of the size of the output", ""] if policy.reads_inputs else [""]
     network = ""
@@ -221,6 +219,12 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
     lines += policy.pipeline_lines(recipe.sampling)
     lines += ['pipeline.to("cuda" if torch.cuda.is_available() else "cpu")', *_sampling_lines(recipe, policy, prompt)]
     return "\n".join(lines)
+
+
+def _packages(policy: DiffusersConfig) -> list[str]:
+    """Return the packages that diffusers needs for the pipeline, a LoRA and the file of a video."""
+    packages = ["diffusers", "transformers", *([] if policy.train == "full" else ["peft"]), *policy.pipeline_packages]
+    return packages + (["imageio", "imageio-ffmpeg"] if policy.has_frames else [])
 
 
 def _sampling_lines(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> list[str]:

@@ -154,21 +154,25 @@ def training_table(ledger: Ledger, score: str) -> PromptTable | None:
     """Group the images trained on in the first and the last rounds by prompt.
 
     Returns:
-        None if the ledger has fewer than two rounds.
+        None if the ledger has fewer than two rounds, or the run did not train on this score.
     """
     rounds = ledger.rounds()
     if len(rounds) < 2:
         return None
     window = max(1, min(WINDOW, len(rounds) // 4))
     first, last = rounds[:window], rounds[-window:]
-    return _table(_trained_on(ledger, first, score), _trained_on(ledger, last, score), _heading(first), _heading(last))
+    both = _trained_on(ledger, first, score), _trained_on(ledger, last, score)
+    table = _table(*both, _heading(first), _heading(last))
+    return table if table.rows else None
 
 
 def _trained_on(ledger: Ledger, rounds: list[int], score: str) -> Iterable[tuple[str, float]]:
-    """Yield prompt and score of every image of these rounds that was not dropped."""
+    """Yield prompt and score of every image of these rounds that was not dropped. A report's reward may be another one."""
     name = score if score == WEIGHTED_SUM else f"reward/{score}"
     for round_index in rounds:
         table = ledger.read(round_index, ("prompt", "reward"))
+        if name not in table.column_names:
+            return
         has_metadata = "metadata" in table.column_names
         metadata = table["metadata"].to_pylist() if has_metadata else [None] * len(table)
         columns = (table["prompt"].to_pylist(), metadata, table["dropped"].to_pylist(), table[name].to_pylist())

@@ -1,6 +1,7 @@
 """A user's function as a reward: what it gets, what it may return, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,15 +44,20 @@ def test_a_missing_function_is_named_with_its_module_when_the_reward_is_loaded()
         FunctionReward(path="tests.user_functions:sharpness").load("cpu")
 
 
-def test_a_differentiable_function_that_asks_for_input_images_is_refused_before_the_run() -> None:
-    def likeness(images: object, prompts: object, metadata: object, inputs: object = None) -> list[float]:
-        raise AssertionError("it is not called")
+def likeness(images: object, prompts: object, metadata: object, inputs: object = None) -> list[float]:
+    raise AssertionError("it is not called")
 
-    reward = FunctionReward.of(likeness, differentiable=True)
-    with pytest.raises(ValueError, match="has a parameter inputs, and differentiable is true"):
-        reward.check_prompts([])
-    with pytest.raises(ValueError, match="has a parameter inputs, and differentiable is true"):
-        reward.load("cpu")
+
+def of_clips(clips: object, prompts: object, metadata: object) -> list[float]:
+    raise AssertionError("it is not called")
+
+
+@pytest.mark.parametrize(("function", "asked"), [(likeness, "inputs"), (of_clips, "clips")])
+def test_a_differentiable_function_of_other_arrays_is_refused_before_the_run(function: Any, asked: str) -> None:
+    reward = FunctionReward.of(function, differentiable=True)
+    for check in (lambda: reward.check_prompts([]), lambda: reward.load("cpu")):
+        with pytest.raises(ValueError, match=f"has a parameter {asked}, and differentiable is true"):
+            check()
 
 
 def test_input_images_with_a_default_are_asked_of_no_prompt() -> None:
