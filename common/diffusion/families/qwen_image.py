@@ -21,7 +21,7 @@ from ray_ddpo.common.diffusion.loading.model_index import read_object
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.policy import Conditioning
-from ray_ddpo.common.diffusion.prompt_lengths import TextReader, tokens_before
+from ray_ddpo.common.diffusion.prompt_lengths import TextReader, refuse_marks, tokens_before
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable
 from ray_ddpo.common.input_images import InputImages
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -47,7 +47,8 @@ QWEN_IMAGE: Configs = {
     "text_encoder": QWEN_25_VL_7B,
 }
 
-IMAGE_MARK = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"  # before the prompt, in the later versions
+IMAGE_PAD = "<|image_pad|>"  # stands for an image in a text
+IMAGE_MARK = f"Picture 1: <|vision_start|>{IMAGE_PAD}<|vision_end|>"  # before the prompt, in the later versions
 # As in the file of Qwen/Qwen-Image-Edit.
 PROCESSOR = {"min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 14, "merge_size": 2}
 ZERO_CONDITION: Configs = QWEN_IMAGE | {"transformer": QWEN_IMAGE["transformer"] | {"zero_cond_t": True}}
@@ -201,6 +202,7 @@ class QwenImageEditPolicy(EditingPolicy, QwenImagePolicy):
 
     def _states(self, text: str, image: Image.Image, prefix: str) -> Conditioning:
         """Return the language model's states of a text with an image. Their names begin with `prefix`."""
+        refuse_marks((IMAGE_PAD,), [text])  # again, because a start checks only a file's first prompts
         length, size = self.config.row_length(self.image_size()), self.config.shown_size(self.image_size())
         shown = self.pipeline.image_processor.resize(image, *size)
         embeds, _ = self.pipeline.encode_prompt(text, image=shown, device=self.device)
@@ -211,7 +213,8 @@ class QwenImageEditPolicy(EditingPolicy, QwenImagePolicy):
         # The mark of an image is one of these tokens, and the image's own have places beside.
         template = pipeline.prompt_template_encode.format(f"{self.config.image_mark}{{}}").format
         before = tokens_before(pipeline.tokenizer, template) - pipeline.prompt_template_encode_start_idx
-        return [TextReader("text_encoder", pipeline.tokenizer, self.config.max_sequence_length - before + 1)]
+        length = self.config.max_sequence_length - before + 1
+        return [TextReader("text_encoder", pipeline.tokenizer, length, marks=(IMAGE_PAD,))]
 
     def _encode_input(self, pixels: Float[Tensor, "1 3 H2 W2"], mask: Float[Tensor, "1 1 H2 W2"]) -> Conditioning:
         return {"input_latents": self._latents_of(pixels)}
