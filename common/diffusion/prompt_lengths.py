@@ -1,4 +1,4 @@
-"""Find prompts that are longer than a text encoder reads or differ only in the truncated part, or that it cannot read."""
+"""Find prompts that a text encoder truncates or cannot read, and prompts that differ only in the truncated part."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
