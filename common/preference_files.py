@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ray_ddpo.common.reading import DAMAGED
 
@@ -300,6 +300,8 @@ def decoded_image(where: str, data: bytes) -> Image.Image:
     except TOO_LARGE as error:
         size = str(error).partition(" exceeds")[0]  # Pillow's words: Image size (3600000000 pixels)
         raise ValueError(f"{where}: it is too large: {size}, and an image may have {MOST_PIXELS:,} pixels") from error
+    except UnidentifiedImageError as error:  # whose text has an address in memory
+        raise ValueError(f"{where}: it is no image that can be read: no known format") from error
     except BAD_IMAGE as error:
         raise ValueError(f"{where}: it is no image that can be read: {first_line(error)}") from error
     if max(upright.size) > LONGEST * min(upright.size):

@@ -54,7 +54,10 @@ def on_clips(
 
     def of_clips(images: Pixels, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
         if not are_clips(images):
-            raise RewardMistake(f"{who} scores clips, and it was given images: take a reward of images")
+            raise RewardMistake(
+                f"{who} scores clips, and it was given images: take a reward of images, or a service's with "
+                "clips = true"
+            )
         return loaded(images, prompts, metadata)
 
     def of_frames(images: Pixels, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:

@@ -78,8 +78,8 @@ class FunctionReward(Reward):
         asked = "inputs" if asks_for_inputs(function) else "clips" if asks_for_clips(function) else None
         if self.differentiable and asked:
             raise RewardMistake(
-                f"{self.users_code} has a parameter {asked}, and differentiable is true: a differentiable function gets "
-                "images, prompts and metadata alone; leave one of the two out"
+                f"{self.users_code} has a parameter {asked}, and differentiable is true: a differentiable function "
+                "gets images, prompts and metadata alone; leave one of the two out"
             )
 
     def _function(self) -> Any:

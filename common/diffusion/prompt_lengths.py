@@ -1,4 +1,4 @@
-"""Find prompts that are longer than a text encoder reads, and prompts that differ only in the truncated part."""
+"""Find prompts that a text encoder truncates or cannot read, and prompts that differ only in the truncated part."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ class TextReader:
     tokenizer: Any
     length: int  # tokens of a prompt that it reads, with those that begin and end a text
     template: int = 0  # further tokens, which a template takes before a prompt but not before the negative prompt
+    marks: tuple[str, ...] = ()  # texts that stand for an input image, so that no prompt may have one
 
     @property
     def of_negative(self) -> "TextReader":
@@ -29,9 +30,26 @@ class TextReader:
 def print_cut_prompts(
     readers: Sequence[TextReader], prompts: Sequence[str], sampling: SamplingTable, guided_above: float = 1.0
 ) -> None:
-    """Print a line if text encoders truncate any of the prompts."""
+    """Print a line if text encoders truncate any of the prompts.
+
+    Raises:
+        ValueError: a prompt has a text that stands for an input image.
+    """
+    for reader in readers:
+        refuse_marks(reader.marks, [*prompts, sampling.negative_prompt or ""])
     if cut := cut_prompts_in_words(readers, list(dict.fromkeys(prompts)), sampling, guided_above):
         print_line(cut)
+
+
+def refuse_marks(marks: Sequence[str], texts: Sequence[str]) -> None:
+    """Raise ValueError if one of the texts has one of the marks, which stand for an input image."""
+    for mark in marks:
+        for text in texts:
+            if mark in text:
+                raise ValueError(
+                    f"the prompt {_shown(text)} has {mark!r}, which stands for an input image in what the text encoder "
+                    "reads: leave it out"
+                )
 
 
 def tokens_before(tokenizer: Any, template: Callable[[str], str]) -> int:
@@ -59,8 +77,9 @@ def cut_prompts_in_words(
     for reader in readers:
         if found := cut[reader.name]:
             first = prompts[found[0]]
-            shown = repr(first if len(first) <= SHOWN else f"{first[:SHOWN]}…")
-            said.append(f"{_reads(reader)} and cuts {len(found)}, the first, {shown}, after {_end(reader, first)}")
+            said.append(
+                f"{_reads(reader)} and cuts {len(found)}, the first, {_shown(first)}, after {_end(reader, first)}"
+            )
     said += _equal(prompts, ids, rows)
     if negative and sampling.guidance_scale <= guided_above:
         said.append(
@@ -72,6 +91,10 @@ def cut_prompts_in_words(
         if negative and len(reader.tokenizer(negative)["input_ids"]) > reader.length:
             said.append(f"{_reads(reader)} and cuts sampling.negative_prompt after {_end(reader, negative)}")
     return f"prompts: {'; '.join(said)}" if said else None
+
+
+def _shown(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}…")
 
 
 def _reads(reader: TextReader) -> str:

@@ -70,10 +70,15 @@ def settings_in_words(kept: Mapping[str, Any]) -> str:
     num_steps = kept.get("evaluation.num_steps") or kept["sampling.num_steps"]
     return (
         f"sampled with {num_steps} steps{saved}, guidance {kept['sampling.guidance_scale']:g}, "
-        f"{_noise_in_words(kept)}, {kept['width']} × {kept['height']} pixels, "
+        f"{_noise_in_words(kept)}, {kept['width']} × {kept['height']} pixels, {_frames_in_words(kept)}"
         f"{kept.get('policy.sampler_dtype') or kept['policy.dtype']}, {kept['images']} seeds of evaluation.seed "
         f"{kept['evaluation.seed']} ({kept['evaluation.split']})"
     )
+
+
+def _frames_in_words(kept: Mapping[str, Any]) -> str:
+    """Return the frames of a clip, with a comma behind; nothing of an image."""
+    return f"{kept['frames']} frames at {kept['frame_rate']:g} a second, " if "frames" in kept else ""
 
 
 def _noise_in_words(kept: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Refuse rewards, keys and algorithms that do not go with clips, or with images."""
+"""Refuse rewards and keys that do not go with clips, or with images."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,6 @@ from ray_ddpo.common.packages import require_packages
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RewardTable
 from ray_ddpo.common.video_files import PACKAGE
-from ray_ddpo.learner.algorithms.algorithm import Algorithm
 
 
 def check_video_package(policy: PolicyConfig) -> None:
@@ -17,28 +16,21 @@ def check_video_package(policy: PolicyConfig) -> None:
         require_packages("the recipe's policy, a family of video,", PACKAGE)
 
 
-def check_clips(recipe: Recipe, policy: PolicyConfig, algorithm: Algorithm, rewards: Mapping[str, Reward]) -> None:
-    """Check that rewards and algorithm go with what the family makes.
+def check_clips(recipe: Recipe, policy: PolicyConfig, rewards: Mapping[str, Reward]) -> None:
+    """Check that rewards go with what the family makes.
 
     Args:
         recipe: the recipe.
         policy: the model family.
-        algorithm: the algorithm.
         rewards: rewards and scorers by name. A user's function is imported to see whether it takes clips.
 
     Raises:
-        ValueError: a reward takes clips and the family makes images, keys on frames have no effect, or the algorithm
-            needs the gradient of a clip's reward.
+        ValueError: a reward takes clips and the family makes images, or keys on frames have no effect.
     """
     frames: int = getattr(policy, "num_frames", 1)
     made = f"policy.num_frames is {frames}" if policy.has_frames else f"{type(policy).__name__} makes images"
     for table in (*recipe.all_rewards, *recipe.evaluation.scorers):
         _check_reward(table, rewards[table.called], made, frames if policy.has_frames else 0)
-    if policy.has_frames and algorithm.restarts_per_image is not None:
-        raise ValueError(
-            f"algorithm.name is {recipe.algorithm.name!r}, which needs the gradient of the reward, and {made}: gradients "
-            "are of images only; take an algorithm without, such as grpo"
-        )
 
 
 def _check_reward(table: RewardTable, reward: Reward, made: str, frames: int) -> None:

@@ -142,7 +142,7 @@ def build_components(recipe: Recipe, given: Given = NOTHING_GIVEN, used: Collect
     components = components_of(recipe, given, trains="learner" in used)
     check_packages(components, used)
     if "reward" in used:
-        check_clips(recipe, components.policy, components.algorithm, components.rewards | components.scorers)
+        check_clips(recipe, components.policy, components.rewards | components.scorers)
     call_if_own(components.policy, POLICIES, "check")
     components.policy.lora_files()
     check_held_out_steps(recipe, components.policy)
@@ -204,7 +204,7 @@ def components_of(recipe: Recipe, given: Given = NOTHING_GIVEN, trains: bool = T
     scorers = {table.called: build_reward(table) for table in recipe.evaluation.scorers}
     _check_caches(recipe, rewards)
     if trains:  # the gradient passes through the rewards that are trained on, not through those of an evaluation
-        check_reward_gradients(recipe, algorithm, rewards)
+        check_reward_gradients(recipe, policy, algorithm, rewards)
     prompts: PromptSource = given.prompts or build(PROMPTS, recipe.prompts.table(), "prompts", PromptSource)
     check_given_images(recipe, policy, prompts, algorithm, rewards)
     check_input_images(recipe, policy, prompts)

@@ -4,16 +4,20 @@ from collections.abc import Mapping
 
 from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.actors.rewards.reward import Reward
+from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import component_class
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 
 
-def check_reward_gradients(recipe: Recipe, algorithm: Algorithm, rewards: Mapping[str, Reward]) -> None:
+def check_reward_gradients(
+    recipe: Recipe, policy: PolicyConfig, algorithm: Algorithm, rewards: Mapping[str, Reward]
+) -> None:
     """Check that every reward that is trained on has the gradient that the algorithm needs.
 
     Raises:
-        ValueError: a reward has none, or `sampling.backprop_steps` is given to an algorithm without gradients.
+        ValueError: a reward has none, as all of a family of video, or `sampling.backprop_steps` is given to an
+            algorithm without gradients.
     """
     name = recipe.algorithm.name
     if algorithm.restarts_per_image is None:
@@ -23,6 +27,12 @@ def check_reward_gradients(recipe: Recipe, algorithm: Algorithm, rewards: Mappin
                 "without the reward's gradient: leave it out"
             )
         return
+    if policy.has_frames:
+        frames = getattr(policy, "num_frames", 1)
+        raise ValueError(
+            f"algorithm.name is {name!r}, which needs the gradient of the reward, and policy.num_frames is {frames}: "
+            "gradients are of images only; take an algorithm without, such as grpo"
+        )
     for table in recipe.all_rewards:
         if table.weight and not rewards[table.called].is_differentiable:
             raise ValueError(

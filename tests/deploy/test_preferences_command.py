@@ -191,7 +191,7 @@ BOMBS = {"bomb": 60_000, "half": 12_000, "quarter": 9_000}  # Pillow refuses the
         (json.dumps(GOOD) + "\n{", "row 2: it is no JSON: "),
         (json.dumps({**GOOD, "rejected": "none.png"}), "row 1, rejected: there is no image "),
         (json.dumps({**GOOD, "chosen": 5}), "row 1, chosen: it is a int, and it must be a path or"),
-        (json.dumps({**GOOD, "chosen": "text.png"}), "row 1, chosen: it is no image that can be read: "),
+        (json.dumps({**GOOD, "chosen": "text.png"}), "row 1, chosen: it is no image that can be read: no known format"),
         (json.dumps({**GOOD, "chosen": "cut.png"}), "row 1, chosen: it is no image that can be read: "),
         (json.dumps({**GOOD, "rejected": "wide.png"}), r"row 1: the chosen image has \(8, 8\) pixels and the rejected"),
         (json.dumps({**GOOD, "chosen_reward": "high"}), "row 1, chosen_reward: it is 'high', and it must be a number"),

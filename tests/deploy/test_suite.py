@@ -1,5 +1,6 @@
 """`ddpo evaluate --suite`: means by category, intervals over prompts, several weights, JSON and HTML."""
 
+import base64
 import json
 import re
 from dataclasses import replace
@@ -13,10 +14,13 @@ from ray_ddpo import cli
 from ray_ddpo.common.prompt_set import shipped_file, shipped_prompts
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RewardTable
+from ray_ddpo.common.run_storage.png import from_png
 from ray_ddpo.deploy.commands.suite.definitions import SUITES, Suite
+from ray_ddpo.deploy.commands.suite.page import shown_uri
 from ray_ddpo.deploy.driver.components import build_reward
 from ray_ddpo.deploy.evaluation.categories import Z95, CategoryMean, best_of, category_means
 from ray_ddpo.train import run_training
+from tests.tiny_clips import moving_clip
 
 SCORES = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, np.nan, 1.0])
 CATEGORIES = ["one", "one", "one", "one", "two", "two", "two", "two"]
@@ -176,3 +180,8 @@ def test_what_cannot_be_run_is_refused(
 def test_the_shipped_suites_use_the_test_prompts() -> None:
     for name in ("words", "shapes"):
         assert SUITES[name].prompts(name, Path("nowhere")).evaluated() == shipped_prompts(name, "test")
+
+
+def test_a_clips_poster_has_the_size_of_its_file() -> None:
+    for pixels, size in ((moving_clip(), (80, 120, 3)), (moving_clip()[0], (16, 24, 3))):
+        assert from_png(base64.b64decode(shown_uri(pixels).partition(",")[2])).shape == size

@@ -135,7 +135,9 @@ def test_sample_and_evaluate_write_clips(run: Path, tmp_path: Path, capsys: pyte
     assert cli.main(["evaluate", str(run), "--output", str(output)]) == 0
     shown = frames_of((output / "images.mp4").read_bytes())
     assert shown.shape == (FRAMES, 64, 128, 3)  # two rows of four clips, enlarged to twice their size
-    assert (output / "images.png").exists() and str(output / "images.mp4") in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (output / "images.png").exists() and str(output / "images.mp4") in said
+    assert f"16 × 16 pixels, {FRAMES} frames at 16 a second, " in said
     rows = parquet.read_table(output / "images.parquet").to_pylist()
     assert_plays(rows[0]["clip"])
     settings = json.loads((output / "evaluation.json").read_text())["settings"]
@@ -179,7 +181,7 @@ def test_a_family_of_images_refuses_what_is_of_clips(changes: dict, what: str, t
         ({"reward": {"name": "motion", "frames": "last"}}, "a key on frames, and a reward of complete clips"),
         ({"reward": {"name": "brightness", "scored_frames": 6}}, "more scored frames than a clip has"),
         (
-            {"reward": {"name": "brightness"}, "algorithm": {"name": "draft"}},
+            {"algorithm": {"name": "draft"}},  # whose reward, motion, has no gradient either
             "an algorithm on the reward's gradient, and a family of video",
         ),
     ],

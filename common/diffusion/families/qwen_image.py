@@ -22,7 +22,7 @@ from ray_ddpo.common.diffusion.loading.model_index import read_object
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.policy import Conditioning
-from ray_ddpo.common.diffusion.prompt_lengths import TextReader, tokens_before
+from ray_ddpo.common.diffusion.prompt_lengths import TextReader, refuse_marks, tokens_before
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable
 from ray_ddpo.common.diffusion.several_inputs import (
     FILLERS,
@@ -55,7 +55,8 @@ QWEN_IMAGE: Configs = {
     "text_encoder": QWEN_25_VL_7B,
 }
 
-IMAGE_MARK = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"  # before the prompt, in the later versions
+IMAGE_PAD = "<|image_pad|>"  # stands for an image in a text
+IMAGE_MARK = f"Picture {{}}: <|vision_start|>{IMAGE_PAD}<|vision_end|>"  # before the prompt, in the later versions
 # As in the file of Qwen/Qwen-Image-Edit.
 PROCESSOR = {"min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 14, "merge_size": 2}
 ZERO_CONDITION: Configs = QWEN_IMAGE | {"transformer": QWEN_IMAGE["transformer"] | {"zero_cond_t": True}}
@@ -211,6 +212,7 @@ class QwenImageEditPolicy(SeveralInputsPolicy, QwenImagePolicy):
 
     def _states(self, text: str, images: UInt8[np.ndarray, "N H W 3"], prefix: str) -> Conditioning:
         """Return the language model's states of a text with images. Their names begin with `prefix`."""
+        refuse_marks((IMAGE_PAD,), [text])  # again, because a start checks only a file's first prompts
         size = self.config.shown_size(self.image_size())
         shown = [self.pipeline.image_processor.resize(Image.fromarray(image), *size) for image in images]
         embeds, _ = self.pipeline.encode_prompt(text, image=shown if len(shown) > 1 else shown[0], device=self.device)
@@ -224,7 +226,8 @@ class QwenImageEditPolicy(SeveralInputsPolicy, QwenImagePolicy):
         marks = "".join(self.config.image_mark.format(number) for number in range(1, most + 1))
         template = pipeline.prompt_template_encode.format(f"{marks}{{}}").format
         before = tokens_before(pipeline.tokenizer, template) - pipeline.prompt_template_encode_start_idx
-        return [TextReader("text_encoder", pipeline.tokenizer, self.config.max_sequence_length - before + most)]
+        length = self.config.max_sequence_length - before + most
+        return [TextReader("text_encoder", pipeline.tokenizer, length, marks=(IMAGE_PAD,))]
 
 
 class QwenImageEditFamily(QwenImageFamily):

@@ -181,7 +181,7 @@ def _guard(run: Published) -> list[str]:
 
 
 def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str) -> str:
-    """Return a Python program that samples an image with the run's weights. Its first line names the packages it needs."""
+    """Return a Python program that samples an image with the run's weights. Its first line installs what it needs."""
     if not isinstance(policy, DiffusersConfig):
         return f"# {type(policy).__name__} has no pipeline in diffusers: use ddpo sample for these weights"
     push, full, part = recipe.push, policy.train == "full", policy.trained_part

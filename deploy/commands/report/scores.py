@@ -167,7 +167,7 @@ def training_table(ledger: Ledger, score: str) -> PromptTable | None:
 
 
 def _trained_on(ledger: Ledger, rounds: list[int], score: str) -> Iterable[tuple[str, float]]:
-    """Yield prompt and score of every image of these rounds that was not dropped. A report's reward may be another one."""
+    """Yield prompt and score of every image of these rounds that was not dropped; nothing of another score."""
     name = score if score == WEIGHTED_SUM else f"reward/{score}"
     for round_index in rounds:
         table = ledger.read(round_index, ("prompt", "reward"))

@@ -7,9 +7,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ray_ddpo.common.clips import poster
+from ray_ddpo.common.clips import ImageOrClip, is_clip, poster
 from ray_ddpo.common.run_storage.png import png
-from ray_ddpo.deploy.commands.report.image_pairs import clip_uri
+from ray_ddpo.common.video_files import playable
+from ray_ddpo.deploy.commands.report.image_pairs import EDGE, clip_uri
 from ray_ddpo.deploy.commands.report.numbers import number, signed
 from ray_ddpo.deploy.evaluation.categories import category
 from ray_ddpo.deploy.evaluation.eval_result import EvalResult
@@ -39,6 +40,12 @@ def suite_page(told: dict[str, Any], settings: str, found: dict[str, EvalResult]
     )
 
 
+def shown_uri(pixels: ImageOrClip) -> str:
+    """Encode an image without loss, or a clip's poster at the size of its file, as a data URI."""
+    shown = poster(playable(pixels, EDGE)) if is_clip(pixels) else pixels
+    return "data:image/png;base64," + base64.b64encode(png(shown)).decode("ascii")
+
+
 def shown_images(found: dict[str, EvalResult], scorers: list[str]) -> list[dict[str, Any]]:
     """Return the first images, or clips, of each category: prompt, category, and one for each of the weights."""
     prompts = next(iter(found.values())).prompts
@@ -54,7 +61,7 @@ def shown_images(found: dict[str, EvalResult], scorers: list[str]) -> list[dict[
             "prompt": prompts[row].text,
             "images": [
                 {
-                    "uri": "data:image/png;base64," + base64.b64encode(png(poster(result.pixels[row]))).decode("ascii"),
+                    "uri": shown_uri(result.pixels[row]),
                     "clip": clip_uri(result.pixels[row], result.frame_rate),
                     "scores": ", ".join(number(float(result.scores[name][row])) for name in scorers),
                 }

@@ -7,7 +7,7 @@ import pytest
 
 from ray_ddpo import cli
 from ray_ddpo.common.diffusion import POLICIES
-from ray_ddpo.common.diffusion.prompt_lengths import cut_prompts_in_words
+from ray_ddpo.common.diffusion.prompt_lengths import cut_prompts_in_words, print_cut_prompts
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.accepted_page import assert_accepted
@@ -98,3 +98,15 @@ def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(tiny_model
     said = cut_prompts_in_words(config.load("cpu", sampling, "sampler").text_readers(), ["cat"], sampling)
     assert said == "prompts: sampling.negative_prompt has no effect, sampling.guidance_scale 1 is not above 1"
     assert_accepted("`sampling.negative_prompt` where `guidance_scale` is not above 1")
+
+
+def test_a_prompt_with_the_mark_of_an_input_image_is_refused(tmp_path: Path) -> None:
+    model, sampling = MAKERS["qwen_image_edit"](tmp_path), SamplingTable(num_steps=2)
+    policy = build(POLICIES, policy_table("qwen_image_edit", model), "policy").load("cpu", sampling, "sampler")
+    marked, refused = "a <|image_pad|> cat", "the prompt .* stands for an input image in what the text encoder reads"
+    with pytest.raises(ValueError, match=refused):
+        print_cut_prompts(policy.text_readers(), ["a cat", marked], sampling)
+    with pytest.raises(ValueError, match=refused):
+        print_cut_prompts(policy.text_readers(), ["a cat"], sampling.model_copy(update={"negative_prompt": marked}))
+    with pytest.raises(ValueError, match=refused):
+        policy.encode([marked])
