@@ -1,4 +1,4 @@
-"""Other values of the keys of HunyuanImage's and Lumina 2's parts, as tests/key_candidates.py has them."""
+"""Other values of the keys of the parts of families of images, as tests/key_candidates.py has them."""
 
 from typing import Any
 
@@ -58,4 +58,80 @@ LUMINA: dict[str, list[Any]] = {
     "axes_lens": [[20, 16, 16], [10, 16, 16], [40, 1, 16]],
     "cap_feat_dim": [24],
     "unknown_key": [1],
+}
+
+PIXART: dict[str, list[Any]] = {
+    "in_channels": [8],
+    "out_channels": [4, None, 3],
+    "num_attention_heads": [4],
+    "attention_head_dim": [4],
+    "num_layers": [1],
+    "dropout": [0.5],
+    "norm_num_groups": [4],
+    "cross_attention_dim": [24],
+    "attention_bias": [False],
+    "sample_size": [4, 16],
+    "patch_size": [1, 4],
+    "activation_fn": ["geglu"],
+    "num_embeds_ada_norm": [500, None],
+    "upcast_attention": [True],
+    "norm_type": ["ada_norm_zero"],
+    "norm_elementwise_affine": [True],
+    "norm_eps": [0.01],
+    "interpolation_scale": [1, None],
+    "use_additional_conditions": [True, None],
+    "caption_channels": [24, None],
+    "attention_type": ["gated"],
+    "unknown_key": [1],
+}
+SANA: dict[str, list[Any]] = {
+    "in_channels": [8],
+    "out_channels": [8, None, 3],
+    "num_attention_heads": [4],
+    "attention_head_dim": [16],
+    "num_layers": [1],
+    "num_cross_attention_heads": [1],
+    "cross_attention_head_dim": [4],
+    "cross_attention_dim": [24],
+    "caption_channels": [24],
+    "mlp_ratio": [2.0],
+    "dropout": [0.5],
+    "attention_bias": [True],
+    "sample_size": [8],
+    "patch_size": [2],
+    "norm_elementwise_affine": [True],
+    "norm_eps": [0.01],
+    "interpolation_scale": [1],
+    "guidance_embeds": [True],
+    "guidance_embeds_scale": [0.5],
+    "qk_norm": ["rms_norm_across_heads"],
+    "timestep_scale": [0.001],
+    "unknown_key": [1],
+}
+SANA_DECODER: dict[str, list[Any]] = {
+    "in_channels": [1],
+    "latent_channels": [8],
+    "attention_head_dim": [8],
+    "encoder_block_out_channels": [[8, 8], [8, 8, 8, 16]],
+    "decoder_block_out_channels": [[8, 8, 8, 16]],
+    "downsample_block_type": ["pixel_unshuffle"],
+    "upsample_block_type": ["pixel_shuffle"],
+    "decoder_norm_types": ["batch_norm"],
+    "decoder_act_fns": ["relu"],
+    "encoder_out_shortcut": [False],
+    "decoder_in_shortcut": [False],
+    "scaling_factor": [0.5, 0],
+    "shift_factor": [0.3],
+}
+GEMMA_2: dict[str, list[Any]] = {
+    "hidden_size": [24],
+    "num_hidden_layers": [2],
+    "hidden_activation": ["silu"],
+    "rms_norm_eps": [0.1],
+    "query_pre_attn_scalar": [8],
+    "sliding_window": [3],
+    "attention_dropout": [0.5],
+    "attn_logit_softcapping": [1.0, None],
+    "vocab_size": [10, 50],
+    "use_bidirectional_attention": [True],
 }

@@ -16,6 +16,10 @@ class OptionalMethods:
     num_frames: int = 1  # of what `decode` gives: above 1 it is a video, with an axis of frames
     frame_rate: float = 1.0  # a video's frames a second
 
+    def finished(self, latents: Float[Tensor, "B C *S"], conditioning: dict[str, Tensor]) -> Float[Tensor, "B C *S"]:
+        """Return the latents of an image after its last step. In most families these are the latents themselves."""
+        return latents
+
     def decode_pixels(self, latents: Float[Tensor, "B C *S"]) -> Float[Tensor, "B 3 H2 W2"]:
         """Return the images of final latents with gradients, in float32 from 0 to 1. `decode` rounds the same numbers.
 

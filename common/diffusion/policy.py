@@ -104,10 +104,6 @@ class Policy(OptionalMethods, ABC):
         """Return the latents where a trajectory starts. In most families this is the standard normal `noise` itself."""
         return noise
 
-    def finished(self, latents: Float[Tensor, "B C *S"], conditioning: Conditioning) -> Float[Tensor, "B C *S"]:
-        """Return the latents of an image after its last step. In most families these are the latents themselves."""
-        return latents
-
     def text_readers(self) -> list[TextReader]:
         """Return the readers of the text encoders, which find prompts that are too long; empty if unknown."""
         return []
@@ -210,8 +206,7 @@ class Policy(OptionalMethods, ABC):
 class PolicyConfig(Component, ABC):
     """A model family's keys in the recipe. `load` reads the weights, in the one process that needs them."""
 
-    # Whether `encode` uses `sampling.negative_prompt` for the unconditional branch.
-    takes_negative_prompt: ClassVar[bool] = False
+    takes_negative_prompt: ClassVar[bool] = False  # whether `encode` uses `sampling.negative_prompt`
     # Whether the policy has `denoising_steps` and `predict`, for a step cache, other solvers and other numbers of steps.
     takes_other_steps: ClassVar[bool] = False
     takes_images: ClassVar[bool] = False  # whether the policy has `encode_images`
@@ -277,13 +272,9 @@ class PolicyConfig(Component, ABC):
         if self.train == "full":
             raise ValueError(f'{given} and train "full": trained weights would be rounded away; train = "lora"')
         if self.merge_adapters:
-            raise ValueError(
-                f"{given} and merge_adapters true: merged adapters would be rounded away; give one of them"
-            )
+            raise ValueError(f"{given} and merge_adapters true: merged adapters would be rounded away; give one")
         if self.is_compiled("sampler"):
-            raise ValueError(
-                f'{given} and compile {self.compile!r}: converting layers are not compiled; compile = "none"'
-            )
+            raise ValueError(f'{given} and compile {self.compile!r}: converting layers are not compiled; give "none"')
         return self
 
     def _lora_path(self) -> str | None:
