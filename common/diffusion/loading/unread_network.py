@@ -24,6 +24,7 @@ def unread_network(network_class: Any, folder: Path, files: Sequence[str], dtype
     """
     from accelerate import init_empty_weights
 
+    random_state = torch.get_rng_state()
     stored = _stored_shapes([folder / name for name in files if name.endswith(".safetensors")])
     with _default_dtype(dtype), init_empty_weights(include_buffers=False):
         network: Any = network_class.from_config(network_class.load_config(str(folder)))
@@ -31,6 +32,7 @@ def unread_network(network_class: Any, folder: Path, files: Sequence[str], dtype
     parameters = dict(network.named_parameters())
     tied = len(parameters) != len(list(network.named_parameters(remove_duplicate=False)))
     if tied or network._keep_in_fp32_modules or wanted != {name: shape for name, (_, shape) in stored.items()}:
+        torch.set_rng_state(random_state)  # the network is made again, and its adapters must begin as without this one
         return None
     network.register_to_config(_name_or_path=str(folder))
     places = UnreadWeights({name: file for name, (file, _) in stored.items()}, dtype)

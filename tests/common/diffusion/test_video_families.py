@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.host_loading import network_on_host
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.lora.adapters import read_weights
 from ray_ddpo.common.diffusion.lora.files import SECOND_NAME
@@ -268,3 +269,12 @@ def test_training_starts_from_another_programs_lora_of_wan_at_diffusers_strength
     plain = pipeline(prompt=PROMPTS, latents=next(image_noise(SEEDS, policy.latent_shape)), **keys).frames
     latents = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING, range(0)).final_latents
     torch.testing.assert_close(latents, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_begin_alike_if_the_learner_shards_its_weights_or_not(tmp_path: Path) -> None:
+    config, begun = config_of(("wan", MAKERS["wan"](tmp_path))), []
+    for sharded in (False, True):
+        with torch.random.fork_rng(devices=[]), network_on_host(sharded):
+            torch.manual_seed(0)
+            begun.append(read_weights(config.load("cpu", SAMPLING, "learner").network, 0).fingerprint)
+    assert begun[0] == begun[1]
