@@ -319,8 +319,7 @@ PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "wan_i2v": {"transformer": WAN_FROM_IMAGES, "vae": WAN_DECODER, "scheduler": UNIPC, "text_encoder": T5}
     | {"tokenizer": {"padding_side": ["left"]}, "image_encoder": IMAGE_ENCODER, "image_processor": IMAGE_PROCESSOR}
     | {"model_index": {"boundary_ratio": [0.5], "expand_timesteps": [True]}},
-    "wan22_i2v": {"transformer": WAN_FROM_IMAGES, "transformer_2": EXPERT, "vae": WAN_DECODER}
-    | {"model_index": EXPERTS_INDEX},
+    "wan22_i2v": {"transformer": WAN_FROM_IMAGES, "transformer_2": EXPERT, "model_index": EXPERTS_INDEX},
     "wan_ti2v": {"transformer": WAN, "vae": WAN_DECODER, "scheduler": UNIPC}
     | {"model_index": {"boundary_ratio": [0.5], "expand_timesteps": [False, None]}},
     "ltx": {"transformer": LTX, "vae": LTX_DECODER, "scheduler": FLOW, "text_encoder": T5, "tokenizer": T5_TOKENIZER},

@@ -109,10 +109,7 @@ class Policy(OptionalMethods, ABC):
         return []
 
     def rows_of_task(self, rows: Conditioning) -> Conditioning:
-        """Return conditioning, one row per image, as `transition` takes it at each step of a task.
-
-        A family may compute here what all steps share. By default rows stay as they are.
-        """
+        """Return conditioning, one row per image, as `transition` takes it at each step of a task; by default as given."""
         return rows
 
     @abstractmethod
@@ -280,11 +277,6 @@ class PolicyConfig(Component, ABC):
     def _lora_path(self) -> str | None:
         return getattr(getattr(self, "lora", None), "path", None)
 
-    @property
-    def alternates_networks(self) -> bool:
-        """Return whether it trains several networks, of which a transition needs only one."""
-        return False
-
     def lora_files(self) -> tuple[Weights, ...]:
         """Return the files of the LoRA that training starts from. Raise ValueError if they do not exist."""
         path = self._lora_path()
@@ -333,8 +325,7 @@ class PolicyConfig(Component, ABC):
     def numerics_differ(self) -> bool:
         """Return whether log-probs of sampler and learner differ by more than float32 rounding.
 
-        In half precision a compiled network rounds at other places, and merging rounds small updates away. Stored
-        weights of 8 bits are other weights.
+        In half precision compiled networks round elsewhere, merging rounds updates away, and 8 bits are other weights.
         """
         if self.sampler_storage is not None:
             return True

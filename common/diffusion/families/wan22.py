@@ -133,10 +133,6 @@ class Experts(Wan):
     def joined_parts(self) -> tuple[str, ...]:
         return (SECOND_PART,) if self.expert == "both" else ()
 
-    @property
-    def alternates_networks(self) -> bool:
-        return self.expert == "both"
-
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
         call = super().network_call(sampling)
         return functools.partial(call_expert, call) if self.expert == "both" else call

@@ -162,7 +162,8 @@ def test_a_negative_prompt_leads_away_as_in_diffusers(family: tuple[str, Path, A
         assert_alike(found[negative], theirs(name, pipeline, settings, shape))
     assert_accepted("`sampling.negative_prompt` in SD, SDXL and SD3")
     if name not in WITHOUT_NEGATIVE:
-        assert np.abs(found["blurry"] - found[""]).max() > 1
+        moved = np.abs(found["blurry"] - found[""])
+        assert moved.max() > 1 or (moved > 0).mean() > 0.01  # more than rounding
         assert np.array_equal(found[None], found[""]) == (name not in OTHER_THAN_EMPTY)
 
 
