@@ -135,9 +135,6 @@ class FluxFamily(DiffusersConfig):
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
         return functools.partial(call_transformer, sampling.guidance_scale)
 
-    def stochastic_steps(self, sampling: SamplingTable) -> int:
-        return sampling.num_steps - 1
-
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         return {
             "prompt_embeds": (self.max_sequence_length, configs["text_encoder_2"]["d_model"]),

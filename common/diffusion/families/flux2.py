@@ -169,9 +169,6 @@ class Flux2Config(DiffusersConfig):
     def decoded(self, vae: Any, latents: Tensor) -> Tensor:
         return super().decoded(vae, unsquared(latents))
 
-    def stochastic_steps(self, sampling: SamplingTable) -> int:
-        return sampling.num_steps - 1
-
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (self.max_sequence_length, configs["transformer"]["joint_attention_dim"])}
 

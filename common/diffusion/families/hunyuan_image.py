@@ -202,9 +202,6 @@ class HunyuanImage(DiffusersConfig):
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
         return call_transformer
 
-    def stochastic_steps(self, sampling: SamplingTable) -> int:
-        return sampling.num_steps - 1
-
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         length, network = self.max_sequence_length, configs["transformer"]
         shapes = ((length, network["text_embed_dim"]), (length,), (GLYPH_TOKENS, network["text_embed_2_dim"]))

@@ -148,9 +148,6 @@ class Lumina2(DiffusersConfig):
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
         return call_transformer
 
-    def stochastic_steps(self, sampling: SamplingTable) -> int:
-        return sampling.num_steps - 1
-
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         tokens = self.max_sequence_length
         return {

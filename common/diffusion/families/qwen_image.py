@@ -161,9 +161,6 @@ class QwenImageFamily(DiffusersConfig):
     def decoded(self, vae: Any, latents: Tensor) -> Tensor:
         return vae.decode(latents.unsqueeze(2), return_dict=False)[0].squeeze(2)  # an image is a video of one frame
 
-    def stochastic_steps(self, sampling: SamplingTable) -> int:
-        return sampling.num_steps - 1
-
 
 class QwenImage(QwenImageFamily):
     """Qwen-Image."""

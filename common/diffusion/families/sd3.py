@@ -126,9 +126,6 @@ class SD3(DiffusersConfig):
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
         return call_transformer
 
-    def stochastic_steps(self, sampling: SamplingTable) -> int:
-        return sampling.num_steps - 1
-
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         first, second, network = configs["text_encoder"], configs["text_encoder_2"], configs["transformer"]
         tokens = text_tokens(self, first) + self.max_sequence_length

@@ -74,9 +74,6 @@ class VideoConfig(DiffusersConfig):
         sides = self.latent_sides([side // self.scale_factor for side in self.own_size])
         return network_config["in_channels"], (self.num_frames - 1) // self.frames_per_latent + 1, *sides
 
-    def stochastic_steps(self, sampling: SamplingTable) -> int:
-        return sampling.num_steps - 1
-
     def pipeline_arguments(self, sampling: SamplingTable, size: tuple[int, int]) -> dict[str, Any]:
         own = {"height": size[0], "width": size[1], "num_frames": self.num_frames}  # by default the published model's
         return super().pipeline_arguments(sampling, size) | own

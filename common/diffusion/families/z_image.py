@@ -167,9 +167,6 @@ class ZImage(DiffusersConfig):
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
         return call_transformer
 
-    def stochastic_steps(self, sampling: SamplingTable) -> int:
-        return sampling.num_steps - 1
-
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         length = filled(self.max_sequence_length)
         return {"prompt_embeds": (length, configs["transformer"]["cap_feat_dim"]), "prompt_embeds_mask": (length,)}

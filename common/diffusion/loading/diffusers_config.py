@@ -151,6 +151,8 @@ class DiffusersConfig(PolicyConfig):
         return 2 if sampling.guidance_scale > self.guided_above else 1
 
     def stochastic_steps(self, sampling: SamplingTable) -> int:
+        if self.takes_sde:
+            return sampling.num_steps - 1  # a flow ends without noise
         parts = configuration_files(self) if self.scheduler_class == DDIM else {}
         if "scheduler" not in parts:
             return super().stochastic_steps(sampling)

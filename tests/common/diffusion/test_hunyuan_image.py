@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ray_ddpo.common.diffusion.families.hunyuan_image import HunyuanImage, call_transformer
 from ray_ddpo.common.diffusion.prompt_lengths import cut_prompts_in_words
@@ -13,6 +12,7 @@ from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.changed_keys import Change, changed_model
+from tests.forward_passes import Passed, assert_alike, assert_same_bits, passed
 from tests.own_pipelines import own_call, own_pipeline
 from tests.tiny_families import policy_table
 from tests.tiny_hunyuan_image import save_tiny_hunyuan_image
@@ -43,15 +43,13 @@ def config_of(model: Path, **keys: Any) -> HunyuanImage:
     return HunyuanImage(**table)
 
 
-def ours(model: Path, checkpointing: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+def ours(model: Path, checkpointing: bool = False) -> Passed:
     """Return the prediction of all rows, and the gradients of the network's weights."""
     network = network_of(model)
     config_of(model).set_up_network(network)
     if checkpointing:
         network.enable_gradient_checkpointing()
-    output = call_transformer(network, LATENTS, TIMESTEPS, **TEXTS)
-    output.square().sum().backward()
-    return output.detach(), {name: value.grad for name, value in network.named_parameters()}
+    return passed(network, call_transformer(network, LATENTS, TIMESTEPS, **TEXTS))
 
 
 def test_text_tokens_in_one_order_give_the_outputs_and_gradients_of_diffusers(model: Path) -> None:
@@ -65,20 +63,12 @@ def test_text_tokens_in_one_order_give_the_outputs_and_gradients_of_diffusers(mo
         encoder_attention_mask_2=TEXTS["glyph_embeds_mask"],
         return_dict=False,
     )[0]
-    expected.square().sum().backward()
-    output, gradients = ours(model)
-    torch.testing.assert_close(output, expected.detach(), rtol=1e-5, atol=1e-5)
-    for name, parameter in network.named_parameters():
-        if name.endswith("refiner_blocks.0.attn.to_k.bias"):  # adds one number to all scores: its gradient is rounding
-            continue
-        scale = float(parameter.grad.abs().max())
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4 * scale, msg=name)
+    rounding = ("refiner_blocks.0.attn.to_k.bias",)  # adds one number to all scores
+    assert_alike(ours(model), passed(network, expected), but=rounding)
 
 
 def test_checkpointing_gives_the_same_bits(model: Path) -> None:
-    (output, gradients), (again, recomputed) = ours(model), ours(model, checkpointing=True)
-    assert torch.equal(output, again)
-    assert all(torch.equal(value, recomputed[name]) for name, value in gradients.items())
+    assert_same_bits(ours(model, checkpointing=True), ours(model))
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ray_ddpo.common.diffusion.families.lumina2 import Lumina2, call_transformer
 from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.tables import SamplingTable
+from tests.forward_passes import Passed, assert_alike, assert_same_bits, passed
 from tests.own_pipelines import own_call, own_pipeline
 from tests.tiny_text_to_image import save_tiny_lumina2
 
@@ -31,32 +31,23 @@ def network_of(model: Path) -> Any:
     return Lumina2Transformer2DModel.from_pretrained(model / "transformer")
 
 
-def ours(model: Path, checkpointing: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+def ours(model: Path, checkpointing: bool = False) -> Passed:
     """Return the prediction of all rows, and the gradients of the network's weights."""
     network = network_of(model)
     Lumina2(model=str(model)).set_up_network(network)
     if checkpointing:
         network.enable_gradient_checkpointing()
-    output = call_transformer(network, LATENTS, TIMESTEPS, **TEXTS)
-    output.square().sum().backward()
-    return output.detach(), {name: value.grad for name, value in network.named_parameters()}
+    return passed(network, call_transformer(network, LATENTS, TIMESTEPS, **TEXTS))
 
 
 def test_prompts_of_one_length_give_the_outputs_and_gradients_of_diffusers(model: Path) -> None:
     network = network_of(model)
     expected = -network(LATENTS, 1 - TIMESTEPS / 1000, *TEXTS.values(), return_dict=False)[0]
-    expected.square().sum().backward()
-    output, gradients = ours(model)
-    torch.testing.assert_close(output, expected.detach(), rtol=1e-5, atol=1e-5)
-    for name, parameter in network.named_parameters():
-        scale = float(parameter.grad.abs().max())
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4 * scale, msg=name)
+    assert_alike(ours(model), passed(network, expected))
 
 
 def test_checkpointing_gives_the_same_bits(model: Path) -> None:
-    (output, gradients), (again, recomputed) = ours(model), ours(model, checkpointing=True)
-    assert torch.equal(output, again)
-    assert all(torch.equal(value, recomputed[name]) for name, value in gradients.items())
+    assert_same_bits(ours(model, checkpointing=True), ours(model))
 
 
 @pytest.mark.parametrize(

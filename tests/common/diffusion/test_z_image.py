@@ -10,6 +10,7 @@ from torch import Tensor
 from ray_ddpo.common.diffusion.families.z_image import ZImage, call_transformer
 from ray_ddpo.common.diffusion.prompt_lengths import cut_prompts_in_words
 from ray_ddpo.common.recipe.tables import SamplingTable
+from tests.forward_passes import Passed, assert_alike, assert_same_bits, passed
 from tests.tiny_families import save_tiny_z_image
 
 LENGTHS = (5, 32, 40)  # filled up to 32, 32 and 64 tokens
@@ -37,33 +38,24 @@ def padded(prompts: list[Tensor]) -> dict[str, Tensor]:
     return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
 
 
-def ours(model: Path, checkpointing: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+def ours(model: Path, checkpointing: bool = False) -> Passed:
     """Return the prediction of all rows, and the gradients of the network's weights."""
     network = network_of(model)
     ZImage(model=str(model)).set_up_network(network)
     if checkpointing:
         network.enable_gradient_checkpointing()
-    output = call_transformer(network, LATENTS, TIMESTEPS, **padded(PROMPTS))
-    output.square().sum().backward()
-    return output.detach(), {name: value.grad for name, value in network.named_parameters()}
+    return passed(network, call_transformer(network, LATENTS, TIMESTEPS, **padded(PROMPTS)))
 
 
 def test_padded_prompts_give_the_outputs_and_gradients_of_lists(model: Path) -> None:
     network = network_of(model)
     lists = network([*LATENTS.unsqueeze(2)], (1000 - TIMESTEPS) / 1000, PROMPTS, return_dict=False)[0]
     expected = -torch.stack(lists).squeeze(2)
-    expected.square().sum().backward()
-    output, gradients = ours(model)
-    torch.testing.assert_close(output, expected.detach(), rtol=1e-5, atol=1e-5)
-    for name, parameter in network.named_parameters():
-        scale = float(parameter.grad.abs().max())
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4 * scale, msg=name)
+    assert_alike(ours(model), passed(network, expected))
 
 
 def test_checkpointing_gives_the_same_bits(model: Path) -> None:
-    (output, gradients), (again, recomputed) = ours(model), ours(model, checkpointing=True)
-    assert torch.equal(output, again)
-    assert all(torch.equal(value, recomputed[name]) for name, value in gradients.items())
+    assert_same_bits(ours(model, checkpointing=True), ours(model))
 
 
 def test_a_rows_bits_do_not_depend_on_its_neighbours_prompts(model: Path) -> None:
