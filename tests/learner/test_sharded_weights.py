@@ -14,7 +14,7 @@ from ray_ddpo.learner.round_data.transitions import indices_of
 from tests.conftest import small_tables
 from tests.gradients import relative_error
 from tests.rank_processes import Case, Outcome, chosen, learn, run_in_ranks, with_changes
-from tests.tiny_families import policy_table, save_tiny_flux, save_tiny_sd3
+from tests.tiny_families import MAKERS, policy_table, save_tiny_sd3
 
 Outcomes = dict[str, list[Outcome]]
 SHARDED = {"batch_size": 4, "shard_weights": True}
@@ -51,10 +51,13 @@ LEARNED: dict[str, tuple[dict, dict]] = {
     "evaluated": ({"evaluation": {"every": 1, "images": 2}, "learner": {"micro_batch_size": 4}}, {"rounds": 2}),
     "float16": ({"policy": {"dtype": "float16"}}, {"rounds": 2}),
     "flux": ({"policy": {"name": "flux"}, **THREE_STEPS}, {}),
+    "wan": ({"policy": {"name": "wan"}, **THREE_STEPS}, {}),
+    "wan bfloat16": ({"policy": {"name": "wan", "dtype": "bfloat16"}, **THREE_STEPS}, {}),
+    "z_image": ({"policy": {"name": "z_image"}, **THREE_STEPS}, {}),
 }
 FOUR_RANKS = ("double lora", "double full", "double sd3", "double dpok", "double dropped")
 LOOKED_AT = ((2, "double full"), (4, "double full"), (2, "lora"))  # by other tests too; the others take turns
-LARGEST_ERROR = {"float16": 2e-2, "full bfloat16": 2e-2}  # the others in float32: 1e-5
+LARGEST_ERROR = {"float16": 2e-2, "full bfloat16": 2e-2, "wan bfloat16": 2e-2}  # the others in float32: 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return the folder of each family's small model. Those for float64 have no layer that computes in float32."""
     sd3 = save_tiny_sd3(tmp_path_factory.mktemp("sd3"))
     change_transformer(sd3, qk_norm=None)  # diffusers computes RMS norms in float32
-    return {"sd3": sd3, "flux": save_tiny_flux(tmp_path_factory.mktemp("flux"))}
+    return {"sd3": sd3, **{name: MAKERS[name](tmp_path_factory.mktemp(name)) for name in ("flux", "wan", "z_image")}}
 
 
 def change_transformer(folder: Path, **keys: Any) -> None:
