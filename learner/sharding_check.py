@@ -27,7 +27,7 @@ def check_sharding(recipe: Recipe, policy: PolicyConfig) -> None:
             f"learner.shard_weights is true and learner.num_gpus {learner.num_gpus:g}, with which ranks may share a "
             "GPU: give each rank a GPU of its own, or none"
         )
-    if getattr(policy, "joined_parts", ()):  # each transition needs one of two networks
+    if policy.joined_parts:  # each transition needs one of two networks
         raise ValueError(
             "learner.shard_weights is true, and policy.expert says that two networks are trained: a rank at steps of one "
             "would wait for ranks at steps of the other; give one expert, or leave shard_weights out"

@@ -23,9 +23,8 @@ from ray_ddpo.common.user_code.by_value import is_by_value, reference, source_of
 class FunctionReward(Reward):
     """Function of your own, called with (images uint8 [B, H, W, 3], prompts, metadata); it returns scores [B].
 
-    If it has a parameter `inputs`, it gets the prompts' input images, at the images' size; with a default, prompts may
-    have none. If its first parameter is
-    called `clips`, it gets complete clips of a video family, uint8 [B, F, H, W, 3].
+    If it has a parameter `inputs`, it gets the prompts' input images, at the images' size. With a default, prompts may
+    have none. If its first parameter is called `clips`, it gets complete clips of a video family, uint8 [B, F, H, W, 3].
     A function that no module holds, such as a lambda, is handed over by `FunctionReward.of` and travels by value.
     """
 

@@ -204,8 +204,7 @@ class PolicyConfig(Component, ABC):
     """A model family's keys in the recipe. `load` reads the weights, in the one process that needs them."""
 
     takes_negative_prompt: ClassVar[bool] = False  # whether `encode` uses `sampling.negative_prompt`
-    # Whether the policy has `denoising_steps` and `predict`, for a step cache, other solvers and other numbers of steps.
-    takes_other_steps: ClassVar[bool] = False
+    takes_other_steps: ClassVar[bool] = False  # whether the policy has `denoising_steps` and `predict`
     takes_images: ClassVar[bool] = False  # whether the policy has `encode_images`
     reads_inputs: ClassVar[tuple[str, ...]] = ()  # as the policy's
     denoises_unguided: ClassVar[bool] = False  # whether the policy's `denoise` honours `guides_denoising`
@@ -276,6 +275,16 @@ class PolicyConfig(Component, ABC):
 
     def _lora_path(self) -> str | None:
         return getattr(getattr(self, "lora", None), "path", None)
+
+    @property
+    def joined_parts(self) -> tuple[str, ...]:
+        """Return further networks of the same class, which are trained as submodules of the first one."""
+        return ()
+
+    @property
+    def most_inputs(self) -> int:
+        """Return how many input images a prompt may have, if the family reads any."""
+        return 1
 
     def lora_files(self) -> tuple[Weights, ...]:
         """Return the files of the LoRA that training starts from. Raise ValueError if they do not exist."""

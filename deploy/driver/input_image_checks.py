@@ -38,8 +38,7 @@ def check_prompt_files(recipe: Recipe, policy: PolicyConfig, source: PromptSourc
     if not source.input_columns or not isinstance(source, PromptList):
         return
     prompts: Sequence[Prompt] = [*source.sampled(), *source.evaluated()]
-    # Another library's family may say nothing: its policy then reads one.
-    refuse_more_inputs(prompts, getattr(policy, "most_inputs", 1), f"policy.name = {recipe.policy.name!r}")
+    refuse_more_inputs(prompts, policy.most_inputs, f"policy.name = {recipe.policy.name!r}")
     counts = {len(files_of(prompt.metadata, IMAGE)) for prompt in source.sampled()}
     if recipe.learner.shard_weights and len(counts) > 1:
         # The network runs once for each number, and ranks gather its weights in every run: they would wait for ever.

@@ -111,11 +111,6 @@ class DiffusersConfig(PolicyConfig):
         """Return further networks of the same class, which samplers alone load, and which are not trained."""
         return ()
 
-    @property
-    def joined_parts(self) -> tuple[str, ...]:
-        """Return further networks of the same class, which are trained as submodules of the first one."""
-        return ()
-
     def join_networks(self, network: Any, others: Sequence[Any]) -> None:
         """Make the further networks submodules of the first one, under their names in the pipeline."""
         for part, other in zip(self.joined_parts, others, strict=True):
@@ -213,11 +208,6 @@ class DiffusersConfig(PolicyConfig):
         """Return the size keys that the recipe sets, with the height and width that each gives."""
         keys = {"resolution": (self.resolution,) * 2, "height": (self.height, None), "width": (None, self.width)}
         return {key: sides for key, sides in keys.items() if sides != (None, None)}
-
-    @property
-    def most_inputs(self) -> int:
-        """Return how many input images a prompt may have, if the family reads any."""
-        return 1
 
     def check_size(self) -> None:
         """Raise ValueError if the model does not support the size. The message names the nearest supported sizes."""
