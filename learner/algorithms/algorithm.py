@@ -87,8 +87,13 @@ class Algorithm(Component, ABC):
 
     @property
     def compares_groups(self) -> bool:
-        """Return whether the loss compares images of a group: they share noise, timestep and optimizer step."""
+        """Return whether the loss compares images of a group, which then share noise."""
         return False
+
+    @property
+    def shares_noise(self) -> bool:
+        """Return whether the images of a group have the same noise and timesteps, and are next to each other."""
+        return self.compares_groups
 
     @property
     def restarts_per_image(self) -> int | None:

@@ -5,25 +5,19 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.policy import PolicyConfig
-from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import Column, NoisedBatch
-from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
-from ray_ddpo.learner.algorithms.advantages import PromptStatistics
 from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
 from ray_ddpo.learner.algorithms.denoising_likelihood import Weighting, matching_log_prob
-from ray_ddpo.learner.algorithms.forward_process import AveragedSampling
+from ray_ddpo.learner.algorithms.forward_process import WeightedMatching
 from ray_ddpo.learner.algorithms.losses import clipped_surrogate, squared_error, sum_of
 
 
-class AdvantageWeightedMatching(AveragedSampling):
+class AdvantageWeightedMatching(WeightedMatching):
     """Advantage-weighted matching: PPO's clipped surrogate, with an image's log-prob taken from its denoising error.
 
     The log-prob of a noised sample is its negative denoising error, weighted by the noise level.
     """
 
-    advantages: AdvantageSettings = AdvantageSettings(kind="group", group_deviation="round")
-    """Computation of advantages from rewards."""
     advantage_clip: float = Field(default=5.0, gt=0)
     """Absolute value at which advantages are clipped."""
     advantage_max: float = Field(default=1.0, gt=0)
@@ -48,9 +42,6 @@ class AdvantageWeightedMatching(AveragedSampling):
             )
         return self
 
-    def check(self, recipe: Recipe, policy: PolicyConfig) -> None:
-        self.advantages.check(recipe)
-
     @property
     def columns(self) -> set[Column]:
         wanted: dict[Column, bool] = {
@@ -62,11 +53,6 @@ class AdvantageWeightedMatching(AveragedSampling):
 
     def from_advantages(self, advantages: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
         return advantages.clip(-self.advantage_clip, self.advantage_clip) * (self.advantage_max / self.advantage_clip)
-
-    def compute_advantages(
-        self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
-    ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
-        return self.advantages.advantages(statistics, prompts, rewards, images_per_prompt)
 
     def noised_result(
         self,

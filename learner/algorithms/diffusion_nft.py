@@ -5,24 +5,19 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.diffusion.transition import column
-from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import Column, NoisedBatch
-from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
-from ray_ddpo.learner.algorithms.advantages import AdvantageMode, PromptStatistics, optimality
-from ray_ddpo.learner.algorithms.forward_process import AveragedSampling
+from ray_ddpo.learner.algorithms.advantages import AdvantageMode, optimality
+from ray_ddpo.learner.algorithms.forward_process import WeightedMatching
 from ray_ddpo.learner.algorithms.losses import negative_aware_terms, squared_error
 
 
-class DiffusionNFT(AveragedSampling):
+class DiffusionNFT(WeightedMatching):
     """DiffusionNFT: the loss pulls the policy towards an image by r and away by 1 − r; r in 0 … 1 is its optimality.
 
     Samplers use a moving average of the trained weights, whose decay grows with the policy version.
     """
 
-    advantages: AdvantageSettings = AdvantageSettings(kind="group", group_deviation="round")
-    """Advantages from which r is computed."""
     advantage_clip: float = Field(default=5.0, gt=0)
     """Advantage at which r is 0 or 1. The loss is multiplied by it."""
     advantage_mode: AdvantageMode = "all"
@@ -34,20 +29,12 @@ class DiffusionNFT(AveragedSampling):
     ema_decay_growth: float = Field(default=0.001, ge=0)
     """Increase of the moving average's decay per policy version. 0: samplers use the trained weights."""
 
-    def check(self, recipe: Recipe, policy: PolicyConfig) -> None:
-        self.advantages.check(recipe)
-
     @property
     def columns(self) -> set[Column]:
         return {"old_predictions", "reference_predictions"} if self.kl_coef > 0 else {"old_predictions"}
 
     def from_advantages(self, advantages: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
         return optimality(advantages, self.advantage_clip, self.advantage_mode)
-
-    def compute_advantages(
-        self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
-    ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
-        return self.advantages.advantages(statistics, prompts, rewards, images_per_prompt)
 
     def noised_terms(
         self,

@@ -2,13 +2,17 @@
 
 from abc import ABC
 
+import numpy as np
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
+from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import NoisedBatch, RestartBatch, TransitionBatch
+from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
+from ray_ddpo.learner.algorithms.advantages import PromptStatistics
 from ray_ddpo.learner.algorithms.algorithm import Algorithm, TransitionLoss
 from ray_ddpo.learner.algorithms.losses import sum_of
 
@@ -99,3 +103,30 @@ class AveragedSampling(ForwardProcess, ABC):
         if not self.ema_decay_growth:
             return None
         return min(self.ema_decay_max, self.ema_decay_growth * max(0, policy_version - self.ema_decay_flat))
+
+
+class WeightedMatching(AveragedSampling, ABC):
+    """A loss on noised samples that is weighted by each image's advantage."""
+
+    advantages: AdvantageSettings = AdvantageSettings(kind="group", group_deviation="round")
+    """Computation of advantages from rewards."""
+    shared_noise: bool = False
+    """Add the same noise at the same timesteps to all images of a group, instead of to each its own. Advantages of a
+    group sum to 0, so most of the noise in its gradient cancels."""
+
+    def check(self, recipe: Recipe, policy: PolicyConfig) -> None:
+        self.advantages.check(recipe)
+        if self.shared_noise and recipe.prompts.images_per_prompt < 2:
+            raise ValueError(
+                "algorithm.shared_noise is true, and prompts.images_per_prompt is 1, so that no images share noise: give "
+                "at least 2, or leave the key out"
+            )
+
+    @property
+    def shares_noise(self) -> bool:
+        return self.shared_noise
+
+    def compute_advantages(
+        self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
+    ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
+        return self.advantages.advantages(statistics, prompts, rewards, images_per_prompt)

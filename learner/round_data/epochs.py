@@ -18,7 +18,7 @@ def steps_of_epochs(recipe: Recipe, algorithm: Algorithm, batch: TrainBatch, ite
     for inner_epoch in range(recipe.learner.inner_epochs):
         part = (batch.part, batch.parts)
         order = transition_order(recipe.seed, batch.round, inner_epoch, items.num_images, part)
-        if algorithm.compares_groups:
+        if algorithm.shares_noise:
             order = by_groups(order, recipe.prompts.images_per_prompt)
         if algorithm.skips_zero_signals:
             order = order[batch.advantages[order] != 0]

@@ -20,15 +20,15 @@ _NOISING = 7  # hashed with an image's seed, so that this noise differs from eve
 class NoisedSamples:
     """The noised samples of a round.
 
-    Timestep and noise are a function of the image's seed and the sample's position, computed on the CPU. If images are
-    compared within groups, all of a group have those of its first image.
+    Timestep and noise are a function of the image's seed and the sample's position, computed on the CPU. If groups share
+    them, all images of a group have those of its first image.
     """
 
     transitions: RoundTransitions  # of the finished images
     seeds: tuple[int, ...]  # of the images
     per_image: int  # samples in an inner epoch
     num_train_timesteps: int
-    compared_images: int = 1  # of a group, which share noise and timestep; 1: no images are compared
+    sharing_images: int = 1  # of a group, which share noise and timestep; 1: each image has its own
 
     @property
     def num_images(self) -> int:
@@ -51,16 +51,16 @@ class NoisedSamples:
             clean,
             to_device(torch.stack([noise for _, noise in sampled]), of.device),
             of.advantages[images],
-            groups=self.groups(indices).to(of.device) if self.compared_images > 1 else None,
+            groups=self.groups(indices).to(of.device) if self.sharing_images > 1 else None,
         )
 
     def groups(self, indices: Int[Tensor, "B 2"]) -> Int[Tensor, "B"]:
         """Return a number for each row that rows of one group and one position share."""
-        group, position = indices[:, 0] // self.compared_images, indices[:, 1]
+        group, position = indices[:, 0] // self.sharing_images, indices[:, 1]
         return group + position * self.num_images
 
     def _timestep_and_noise(self, image: int, position: int, shape: torch.Size) -> tuple[int, Float[Tensor, "C *S"]]:
-        seed = self.seeds[image // self.compared_images * self.compared_images]
+        seed = self.seeds[image // self.sharing_images * self.sharing_images]
         word = np.random.SeedSequence([seed, _NOISING, position]).generate_state(1, np.uint64)[0]
         generator = torch.Generator("cpu").manual_seed(int(word) >> 1)
         timestep = int(torch.randint(self.num_train_timesteps, (1,), generator=generator))
@@ -79,5 +79,5 @@ def training_items(
     if per_image is None:
         return transitions
     seeds = tuple(seed for report in batch.reports for seed in report.task.seeds)
-    compared = images_per_prompt if algorithm.compares_groups else 1
-    return NoisedSamples(transitions, seeds, per_image, num_train_timesteps, compared)
+    sharing = images_per_prompt if algorithm.shares_noise else 1
+    return NoisedSamples(transitions, seeds, per_image, num_train_timesteps, sharing)

@@ -65,7 +65,7 @@ class StepBatches:
         if not isinstance(self._algorithm, CoupledForwardProcess) or not len(indices):
             return False
         assert isinstance(self._update.items, NoisedSamples), "a coupled loss is of noised samples"
-        group = self._algorithm.images_compared(self._update.items.compared_images)
+        group = self._algorithm.images_compared(self._update.items.sharing_images)
         whole = self._size % group == 0 or self._size >= len(indices)
         return self._update.process_group.world_size > 1 or not whole
 

@@ -12,11 +12,14 @@ from torch import Tensor
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.lora.adapters import reference_policy, trained_parameters
 from ray_ddpo.common.diffusion.policy import Policy, select_rows
+from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.trajectory import NoisedBatch
 from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.algorithms.diffusion_nft import DiffusionNFT
+from ray_ddpo.learner.round_data.noised_samples import NoisedSamples
+from ray_ddpo.learner.round_data.transitions import indices_of, round_transitions
 from tests.accepted_page import assert_accepted
 from tests.gradients import relative_error
 from tests.tiny_families import policy_table, save_tiny_flux, save_tiny_sd3
@@ -153,3 +156,23 @@ def test_decays_of_the_moving_average_are_the_authors(decay_type: int, keys: dic
     algorithm = DiffusionNFT(**keys)
     for version in (0, 1, 74, 75, 76, 200, 208, 209, 499, 500, 501, 5000):
         assert (algorithm.ema_decay(version) or 0.0) == pytest.approx(authors_decay(version, decay_type))
+
+
+def test_shared_noise_cancels_in_the_gradient_of_a_group() -> None:
+    """Images that are alike give a gradient with the same mean and less variance, as measured over draws of noise."""
+    sampling = SamplingTable(num_steps=8, guidance_scale=1.0)
+    config = build(POLICIES, {"name": "sd3", "model": "tiny_words", "t5": False, "max_sequence_length": 1}, "policy")
+    policy = config.load("cpu", sampling, "sampler")
+    images = sample_trajectories(policy, ['a sign that says "CAT"'] * 4, [1, 2, 3, 4], sampling)
+    transitions = round_transitions((images,), np.array([0.6, 0.4, 0.45, 0.55]), "cpu")
+    draws: dict[int, np.ndarray] = {}
+    for sharing in (1, 4):
+        samples = NoisedSamples(transitions, (1, 2, 3, 4), 1, policy.num_train_timesteps, sharing)
+        steps = [samples.batch(indices_of(torch.arange(4), range(draw, draw + 1))) for draw in range(12)]
+        gradients = [gradient(policy, DiffusionNFT().compute_loss(policy, step).loss) for step in steps]
+        draws[sharing] = np.stack([np.concatenate([part.ravel() for part in each.values()]) for each in gradients])
+    own, shared = (float(each.var(axis=0).sum()) for each in draws.values())
+    apart = float(np.square(draws[1].mean(axis=0) - draws[4].mean(axis=0)).sum())
+    print(f"variance of the gradient: {own:.2e} with noise of each image, {shared:.2e} with shared noise, {apart:.1e}")
+    assert shared < own / 2
+    assert apart < 3 * (own + shared) / 12

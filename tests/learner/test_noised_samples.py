@@ -27,9 +27,9 @@ def finished(first_image: int, count: int) -> Trajectory:
     )
 
 
-def noised_samples(per_image: int = 2) -> NoisedSamples:
+def noised_samples(per_image: int = 2, sharing_images: int = 1) -> NoisedSamples:
     transitions = round_transitions((finished(0, 3), finished(3, 1)), np.array([0.5, 1.0, 0.0, 0.25]), "cpu")
-    return NoisedSamples(transitions, SEEDS, per_image, 1000)
+    return NoisedSamples(transitions, SEEDS, per_image, 1000, sharing_images)
 
 
 def test_each_row_is_the_requested_image_with_its_weight_and_its_prompt() -> None:
@@ -51,6 +51,21 @@ def test_every_image_position_and_inner_epoch_has_its_noised_sample() -> None:
     indices = torch.cat([indices_of(torch.arange(4), source.positions(epoch)) for epoch in range(2)])
     noise = source.batch(indices).noise.flatten(1)
     assert len(indices) == 24 and len({tuple(row) for row in noise.tolist()}) == 24
+
+
+def test_a_group_may_share_the_noise_and_timesteps_of_its_first_image() -> None:
+    source = noised_samples(per_image=3, sharing_images=2)
+    indices = indices_of(torch.arange(4), source.positions(0))
+    shared, own = source.batch(indices), noised_samples(per_image=3).batch(indices)
+    first = {(0, position): row for row, (image, position) in enumerate(indices.tolist()) if image == 0}
+    for row, (image, position) in enumerate(indices.tolist()):
+        rows = first[0, position], row
+        assert torch.equal(*shared.noise[list(rows)]) == (image < 2)
+        assert (image < 2) <= (len(set(shared.timesteps[list(rows)].tolist())) == 1)
+        if image % 2 == 0:
+            assert torch.equal(shared.noise[row], own.noise[row])
+    assert len({tuple(row) for row in shared.noise.flatten(1).tolist()}) == 6
+    assert shared.clean_latents[:, 0, 0, 0].unique().tolist() == [0, 1, 2, 3]
 
 
 def test_timesteps_go_evenly_over_the_models_own_and_noise_is_standard_normal() -> None:

@@ -265,6 +265,11 @@ def test_a_dropped_group_leaves_no_steps_of_few_images_behind(tables: dict) -> N
         ),
         ({"name": "dpo"}, {"policy__train": "full"}, 'needs reference_errors: .* of dpo, reference = "behavior"'),
         ({"name": "awm"}, {"prompts__images_per_prompt": 1}, "kind is 'group' and prompts.images_per_prompt 1"),
+        (
+            {"name": "diffusion_nft", "shared_noise": True, "advantages": {"kind": "round"}},
+            {"prompts__images_per_prompt": 1},
+            "shared_noise is true, and prompts.images_per_prompt is 1, so that no images share noise: give at least 2",
+        ),
     ],
 )
 def test_recipes_that_have_no_groups_to_compare_are_refused(

@@ -58,7 +58,7 @@ LEARNED: dict[str, tuple[dict, dict]] = {
     "dpo": ({**_algorithm("dpo", noised_samples=4, beta=20.0), **GROUPS}, {"rounds": 2}),
     "dgpo": ({**_algorithm("dgpo", noised_samples=4, beta=20.0, kl_coef=0.01), **GROUPS, **TWICE}, {"rounds": 2}),
     "double dpo": ({**_algorithm("dpo", noised_samples=4, beta=20.0), **GROUPS, **TWICE}, DOUBLE),
-    "awm": ({**_algorithm("awm", noised_samples=4, clip_range=0.01), **GROUPS, **TWICE}, {}),
+    "awm": ({**_algorithm("awm", noised_samples=4, clip_range=0.01, shared_noise=True), **GROUPS, **TWICE}, {}),
     "draft": (
         {
             **_algorithm("draft"),
