@@ -21,7 +21,8 @@ class NoisedSamples:
     """The noised samples of a round.
 
     Timestep and noise are a function of the image's seed and the sample's position, computed on the CPU. If groups share
-    them, all images of a group have those of its first image.
+    them, all images of a group have those of its first image. The samples of an image divide the model's timesteps into
+    equal parts and have one each.
     """
 
     transitions: RoundTransitions  # of the finished images
@@ -63,7 +64,8 @@ class NoisedSamples:
         seed = self.seeds[image // self.sharing_images * self.sharing_images]
         word = np.random.SeedSequence([seed, _NOISING, position]).generate_state(1, np.uint64)[0]
         generator = torch.Generator("cpu").manual_seed(int(word) >> 1)
-        timestep = int(torch.randint(self.num_train_timesteps, (1,), generator=generator))
+        place = int(torch.randint(self.num_train_timesteps, (1,), generator=generator))
+        timestep = (position % self.per_image * self.num_train_timesteps + place) // self.per_image
         return timestep, torch.randn(shape, generator=generator)
 
 

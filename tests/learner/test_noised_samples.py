@@ -68,6 +68,14 @@ def test_a_group_may_share_the_noise_and_timesteps_of_its_first_image() -> None:
     assert shared.clean_latents[:, 0, 0, 0].unique().tolist() == [0, 1, 2, 3]
 
 
+def test_samples_of_an_image_have_equal_parts_of_the_timesteps_in_each_inner_epoch() -> None:
+    source = noised_samples(per_image=3)
+    for epoch in range(5):
+        batch = source.batch(indices_of(torch.arange(4), source.positions(epoch)))
+        for part, timesteps in enumerate(batch.timesteps.view(3, 4)):
+            assert 1000 * part // 3 <= timesteps.min() and timesteps.max() <= 1000 * (part + 1) // 3
+
+
 def test_timesteps_go_evenly_over_the_models_own_and_noise_is_standard_normal() -> None:
     source = noised_samples(per_image=2000)
     batch = source.batch(indices_of(torch.arange(4), source.positions(0)))
