@@ -14,11 +14,10 @@ from ray_ddpo.deploy.evaluation.guard import SHARES
 from ray_ddpo.train import run_training
 
 RUNS = {
-    "demo": {"rounds": 28, "evaluation": {"every": 4, "images": 90}},
-    "demo_words": {"rounds": 24, "evaluation": {"every": 4, "images": 72}},
-    "tiny/held_out": {"rounds": 12, "evaluation": {"every": 2}},
+    "demo": {"rounds": 14, "evaluation": {"every": 2, "images": 90}},
+    "demo_words": {"rounds": 12, "evaluation": {"every": 2, "images": 72}},
+    "tiny/held_out": {"rounds": 8, "evaluation": {"every": 2}},
     "tiny/mixgrpo": {"rounds": 6, "evaluation": {"every": 1, "images": 45}},
-    "tiny/animal_classifier": {"rounds": 16, "evaluation": {"every": 4, "images": 64}},
 }
 OTHERS = ("dark_share", "saturation")  # limits on statistics of their own
 

@@ -116,6 +116,12 @@ def test_a_reward_stands_for_the_suites_scorer_of_its_name(tables: dict) -> None
     assert len(components_of(following({**tables, "reward": labelled})).scorers) == 2
 
 
+def test_a_family_that_edits_images_is_refused(tables: dict) -> None:
+    policy = {"name": "sd_inpainting", "model": "nowhere"}
+    with pytest.raises(ValueError, match="evaluation.suite is 'shapes', whose prompts have no input image"):
+        components_of(following({**tables, "policy": policy}))
+
+
 def tagged(text: str, tag: str) -> Prompt:
     return Prompt(text, {"tag": tag})
 
