@@ -1,74 +1,84 @@
-"""Count the guard's alarms in healthy runs of shipped recipes, and how near each statistic came to its limit.
+"""Count the guard's alarms in runs that are known to be healthy, and how near each statistic came to its limit.
 
-Usage: python -m benchmarks.guard_alarms --output FOLDER [--only demo …]. Runs that are there are not trained again.
+Usage: python -m benchmarks.guard_alarms RUN … [--images 72]. The evaluations of a run are counted. If it has none, its
+weights are evaluated, and compared with the pretrained model.
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.actors.evaluation.image_summary import image_summary
+from ray_ddpo.common.metrics.group_statistics import saturation
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.commands.report.report import compare
+from ray_ddpo.deploy.driver.components import SCORING, build_components
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
-from ray_ddpo.deploy.evaluation.guard import SHARES
-from ray_ddpo.train import run_training
+from ray_ddpo.deploy.evaluation.eval_result import WEIGHTED_SUM
+from ray_ddpo.deploy.evaluation.guard import SHARES, VersionStats, alarms
 
-RUNS = {
-    "demo": {"rounds": 14, "evaluation": {"every": 2, "images": 90}},
-    "demo_words": {"rounds": 12, "evaluation": {"every": 2, "images": 72}},
-    "tiny/held_out": {"rounds": 8, "evaluation": {"every": 2}},
-    "tiny/mixgrpo": {"rounds": 6, "evaluation": {"every": 1, "images": 45}},
-}
-OTHERS = ("dark_share", "saturation")  # limits on statistics of their own
+LIMITS = (*SHARES, "dark_share", "saturation")
+IMAGES = 72
+
+Entry = dict[str, Any]  # of evaluations.jsonl
 
 
-def evaluations(name: str, folder: Path) -> list[dict[str, Any]]:
-    """Train a shipped recipe unless that is done, and return the entries of its evaluations."""
-    run = name.replace("/", "_")
-    recipe = Recipe.load(name, **RUNS[name], name=run, output_dir=str(folder))
-    there = (folder / run).exists()
-    entries = EvalLog(Storage(folder / run)).entries() if there else []
-    if not entries or entries[-1]["policy_version"] < recipe.rounds:
-        run_training(recipe, serial=True, resume=there)
-        entries = EvalLog(Storage(folder / run)).entries()
-    return entries
+def evaluations(location: str, images: int) -> list[Entry]:
+    """Return the entries of a run's evaluations, or of its weights and the pretrained model."""
+    folder = RunFolder(location)
+    if entries := EvalLog(folder.storage).entries():
+        return entries
+    recipe = folder.load_recipe(["--evaluation.images", str(images)])
+    components = build_components(recipe, used=SCORING)
+    found, possible = compare(components, location, lambda base: None), components.reward_range
+    keys = [prompt.key for prompt in found.chosen.prompts]
+    before, after = (
+        VersionStats(
+            scores,
+            image_summary(pixels, keys),
+            saturation=saturation(scores[WEIGHTED_SUM], possible) if possible else None,
+        )
+        for scores, pixels in ((found.scores_before, found.before), (found.scores_after, found.after))
+    )
+    raised = [
+        asdict(alarm) for alarm in alarms(before, after, [table.called for table in recipe.scorers], recipe.guard)
+    ]
+    return [
+        {"image_statistics": stats.images, "saturation": stats.saturation, "alarms": raised if stats is after else []}
+        for stats in (before, after)
+    ]
 
 
-def cell(entries: list[dict[str, Any]], limit: str) -> str:
-    """Return the alarms of one limit among the evaluations after version 0, and the extreme of its statistic."""
+def cell(entries: list[Entry], limit: str) -> str:
+    """Return the alarms of one limit after the first entry, and the extreme of its statistic."""
     base, *later = entries
     about = [alarm["about"] for entry in later for alarm in entry["alarms"]]
-    if limit == "scorers":
-        known = {*SHARES, *OTHERS, "kl"}
-        return f"{sum(name not in known for name in about)} of {len(later)}"
     count = f"{about.count(limit)} of {len(later)}"
+    if limit == "scorers":
+        return f"{sum(name not in (*LIMITS, 'kl') for name in about)} of {len(later)}"
     if limit == "saturation":
         values = [entry["saturation"] for entry in later if entry["saturation"] is not None]
         return f"{count}; {max(values):.2f}" if values else "no bound"
-    before, after = (
-        base["image_statistics"][limit],
-        [entry["image_statistics"][limit] for entry in later],
-    )
-    if limit == "dark_share":
-        return f"{count}; {max(after) - before:+.2f}"
-    return f"{count}; {min(after) / before:.2f}"
+    before, after = base["image_statistics"][limit], [entry["image_statistics"][limit] for entry in later]
+    return f"{count}; " + (f"{max(after) - before:+.2f}" if limit == "dark_share" else f"{min(after) / before:.2f}")
 
 
-def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Return a Markdown table with a row a limit and a column a run."""
-    lines = [["limit", *(f"`{name}`" for name in found)], ["---"] * (len(found) + 1)]
-    for limit in (*SHARES, *OTHERS, "scorers"):
-        lines.append([limit, *(cell(entries, limit) for entries in found.values())])
+def table(found: dict[str, list[Entry]]) -> str:
+    """Return a Markdown table with a row a run and a column a limit."""
+    lines = [["run", *LIMITS, "scorers"], ["---"] * (len(LIMITS) + 2)]
+    for name, entries in found.items():
+        lines.append([f"`{name}`", *(cell(entries, limit) for limit in (*LIMITS, "scorers"))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> None:
-    """Train what is missing, and print the table."""
+    """Print the table of the runs that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images of a run without evaluations")
     options = parser.parse_args()
-    print(table({name: evaluations(name, options.output) for name in options.only}))
+    print(table({Path(run).name: evaluations(run, options.images) for run in options.runs}))
 
 
 if __name__ == "__main__":
