@@ -1,53 +1,54 @@
 """Count the guard's alarms in runs that are known to be healthy, and how near each statistic came to its limit.
 
-Usage: python -m benchmarks.guard_alarms RUN … [--images 72]. The evaluations of a run are counted. If it has none, its
-weights are evaluated, and compared with the pretrained model.
+Usage: python -m benchmarks.guard_alarms RUN … The evaluations of a run are counted. If it has none, the first images of
+its report are compared, and the saturation is that of its rounds.
 """
 
 import argparse
+import base64
+import html
+import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ray_ddpo.actors.evaluation.image_summary import image_summary
-from ray_ddpo.common.metrics.group_statistics import saturation
+from ray_ddpo.common.run_storage.png import from_png
+from ray_ddpo.common.run_storage.reading import read_json_lines
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.deploy.commands.report.report import compare
-from ray_ddpo.deploy.driver.components import SCORING, build_components
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
-from ray_ddpo.deploy.evaluation.eval_result import WEIGHTED_SUM
 from ray_ddpo.deploy.evaluation.guard import SHARES, VersionStats, alarms
 
 LIMITS = (*SHARES, "dark_share", "saturation")
-IMAGES = 72
+IMAGE = re.compile(r'<img class="(before|after)" src="data:image/png;base64,([^"]+)" alt="\w+: ([^"]*)"')
 
 Entry = dict[str, Any]  # of evaluations.jsonl
 
 
-def evaluations(location: str, images: int) -> list[Entry]:
-    """Return the entries of a run's evaluations, or of its weights and the pretrained model."""
+def evaluations(location: str) -> list[Entry]:
+    """Return the entries of a run's evaluations, or one of the pretrained model and one of the run's weights."""
     folder = RunFolder(location)
     if entries := EvalLog(folder.storage).entries():
         return entries
-    recipe = folder.load_recipe(["--evaluation.images", str(images)])
-    components = build_components(recipe, used=SCORING)
-    found, possible = compare(components, location, lambda base: None), components.reward_range
-    keys = [prompt.key for prompt in found.chosen.prompts]
-    before, after = (
-        VersionStats(
-            scores,
-            image_summary(pixels, keys),
-            saturation=saturation(scores[WEIGHTED_SUM], possible) if possible else None,
-        )
-        for scores, pixels in ((found.scores_before, found.before), (found.scores_after, found.after))
-    )
-    raised = [
-        asdict(alarm) for alarm in alarms(before, after, [table.called for table in recipe.scorers], recipe.guard)
-    ]
+    gallery = folder.report.read("report.html").decode().partition('id="gallery"')[2].partition("</section>")[0]
+    rounds = [each.get("reward/saturation") for each in read_json_lines(folder.storage, folder.metrics)]
+    known = [share for share in rounds if share is not None]
+    saturation = {"before": known[0], "after": max(known)} if known else {"before": None, "after": None}
+    stats = {side: VersionStats({}, statistics(gallery, side), saturation=saturation[side]) for side in saturation}
+    raised = list(alarms(stats["before"], stats["after"], [], folder.load_recipe([]).guard))
     return [
-        {"image_statistics": stats.images, "saturation": stats.saturation, "alarms": raised if stats is after else []}
-        for stats in (before, after)
+        {"image_statistics": each.images, "saturation": each.saturation, "alarms": [asdict(alarm) for alarm in found]}
+        for each, found in ((stats["before"], []), (stats["after"], raised))
     ]
+
+
+def statistics(gallery: str, side: str) -> dict[str, float]:
+    """Return the image statistics of one side of the gallery of a report, in HTML."""
+    shown = [(data, html.unescape(prompt)) for of, data, prompt in IMAGE.findall(gallery) if of == side]
+    return image_summary(np.stack([from_png(base64.b64decode(data)) for data, _ in shown]), [text for _, text in shown])
 
 
 def cell(entries: list[Entry], limit: str) -> str:
@@ -56,12 +57,14 @@ def cell(entries: list[Entry], limit: str) -> str:
     about = [alarm["about"] for entry in later for alarm in entry["alarms"]]
     count = f"{about.count(limit)} of {len(later)}"
     if limit == "scorers":
-        return f"{sum(name not in (*LIMITS, 'kl') for name in about)} of {len(later)}"
+        return "–" if "scores" not in base else f"{sum(name not in (*LIMITS, 'kl') for name in about)} of {len(later)}"
     if limit == "saturation":
         values = [entry["saturation"] for entry in later if entry["saturation"] is not None]
         return f"{count}; {max(values):.2f}" if values else "no bound"
     before, after = base["image_statistics"][limit], [entry["image_statistics"][limit] for entry in later]
-    return f"{count}; " + (f"{max(after) - before:+.2f}" if limit == "dark_share" else f"{min(after) / before:.2f}")
+    if limit == "dark_share":
+        return f"{count}; {max(after) - before:+.2f}"
+    return "–" if math.isnan(before) else f"{count}; {min(after) / before:.2f}"
 
 
 def table(found: dict[str, list[Entry]]) -> str:
@@ -76,9 +79,8 @@ def main() -> None:
     """Print the table of the runs that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", help="folders of runs")
-    parser.add_argument("--images", type=int, default=IMAGES, help="images of a run without evaluations")
     options = parser.parse_args()
-    print(table({Path(run).name: evaluations(run, options.images) for run in options.runs}))
+    print(table({Path(run).name: evaluations(run) for run in options.runs}))
 
 
 if __name__ == "__main__":
