@@ -11,7 +11,11 @@ from ray_ddpo.common.diffusion.rollout import evaluation_window, inputs_of, samp
 from ray_ddpo.common.prompts import Prompt, PromptSource
 from ray_ddpo.common.recipe.tables import EvaluationTable, SamplingTable
 from ray_ddpo.common.schedule import Stream, Task, image_seed
+from ray_ddpo.common.suite_prompts import followed_prompts
+from ray_ddpo.common.suites import Suite
 from ray_ddpo.common.trajectory import Trajectory
+
+IMAGES = 64  # of an evaluation, if neither the recipe nor a suite says how many
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,17 @@ class EvalSet:
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
     batch_size: int
+    suite: Suite | None = None  # that it follows
+    suite_images: int = 0  # of the complete suite
+
+    @property
+    def in_words(self) -> str:
+        """Name the images: `64 held-out images`, or `96 of the 192 images of the suite shapes`."""
+        count = len(self.seeds)
+        if self.suite is None:
+            return f"{count} held-out images"
+        which = f"{count} of the {self.suite_images}" if count < self.suite_images else f"all {count}"
+        return f"{which} images of the suite {self.suite.name}"
 
     @property
     def parts(self) -> list[slice]:
@@ -47,23 +62,44 @@ class EvalSet:
 def build_eval_set(table: EvaluationTable, source: PromptSource) -> EvalSet:
     """Choose prompts and seeds from `[evaluation]`.
 
-    Prompts are those of `evaluation.prompts`, else the held-out prompts of the source, else all of its prompts.
+    Prompts are those of the suite, else of `evaluation.prompts`, else the held-out prompts of the source, else all of
+    its prompts.
     They are repeated in turn until there are enough images. Of more prompts than images, some are taken at equal
     distances, because lists are often sorted. If the source is a function and lists no prompts, they
-    are sampled from the function with seeds that training never uses.
+    are sampled from the function with seeds that training never uses. Fewer images than a suite has are some of the
+    suite's images, with their seeds.
+
+    Raises:
+        ValueError: the suite's prompts were not fetched, or it has fewer images than are asked for.
     """
     stream = Stream.EVALUATION if table.split == "evaluation" else Stream.TUNING
-    chosen = source.evaluated(table.prompts)
+    chosen = followed_prompts(table) if table.followed else source.evaluated(table.prompts)
+    images = num_images(table, len(chosen))
+    numbers = list(range(images))
     if chosen:
-        apart = max(1.0, len(chosen) / table.images)
-        prompts = [chosen[int(image * apart) % len(chosen)] for image in range(table.images)]
+        apart = max(1.0, len(chosen) / images)
+        rows = [int(image * apart) for image in range(images)]
+        prompts = [chosen[row % len(chosen)] for row in rows]
+        numbers = rows if table.followed else numbers
     else:
         sample_prompt = source.load()
-        prompts = [
-            sample_prompt(np.random.default_rng([table.seed, int(stream), image])) for image in range(table.images)
-        ]
-    seeds = [image_seed(table.seed, stream, 0, image) for image in range(table.images)]
-    return EvalSet(tuple(prompts), tuple(seeds), table.batch_size)
+        prompts = [sample_prompt(np.random.default_rng([table.seed, int(stream), image])) for image in numbers]
+    seeds = [image_seed(table.seed, stream, 0, number) for number in numbers]
+    all_images = len(chosen) * table.followed.images_per_prompt if table.followed else 0
+    return EvalSet(tuple(prompts), tuple(seeds), table.batch_size, table.followed, all_images)
+
+
+def num_images(table: EvaluationTable, num_prompts: int) -> int:
+    """Return the images of an evaluation of so many prompts. Raise ValueError if they are more than the suite's."""
+    if table.followed is None:
+        return table.images or IMAGES
+    all_images = num_prompts * table.followed.images_per_prompt
+    if (table.images or 0) > all_images:
+        raise ValueError(
+            f"evaluation.images is {table.images}, and the suite {table.suite!r} has {all_images} images, "
+            f"{table.followed.images_per_prompt} of each of its {num_prompts} prompts: give fewer, or leave images out"
+        )
+    return table.images or all_images
 
 
 def sample_eval_images(

@@ -114,6 +114,23 @@ class Recipe(Table):
         return self.rewards or ((self.reward,) if self.reward else ())
 
     @property
+    def scorers(self) -> tuple[RewardTable, ...]:
+        """Return the scorers of an evaluation, which are not trained on: those of its suite, and its own.
+
+        One of `evaluation.scorers` replaces the suite's of its name. A reward stands for the suite's of its name.
+        """
+        own = {table.called: table for table in self.evaluation.scorers}
+        trained_on = {table.called for table in self.all_rewards}
+        of_suite = [table for table in self.suite_scorers if table.called not in trained_on]
+        return (*(own.pop(table.called, table) for table in of_suite), *own.values())
+
+    @property
+    def suite_scorers(self) -> tuple[RewardTable, ...]:
+        """Return the scorers of the suite that evaluations follow; none if there is no suite."""
+        followed = self.evaluation.followed
+        return tuple(RewardTable.model_validate(table) for table in (followed.scorers if followed else ()))
+
+    @property
     def held_out_sampling(self) -> SamplingTable:
         """Return the sampling settings of images that are not trained on: those of `[sampling]` and `[evaluation]`."""
         plain: dict[str, Any] = {
@@ -207,7 +224,7 @@ class Recipe(Table):
     @model_validator(mode="after")
     def _the_guard_can_see(self) -> "Recipe":
         """Refuse a guard that lacks the score, the evaluations or the pretrained model it needs."""
-        known = ["reward", *(table.called for table in (*self.all_rewards, *self.evaluation.scorers))]
+        known = ["reward", *(table.called for table in (*self.all_rewards, *self.scorers))]
         if self.guard.best_by not in known:
             raise ValueError(f"guard.best_by is {self.guard.best_by!r}: it must be one of {known}")
         if self.guard.on_alarm != "continue" and not self.evaluation.every:

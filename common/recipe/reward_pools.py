@@ -34,7 +34,7 @@ def reward_pools(recipe: Recipe) -> tuple[RewardPool, ...]:
 def all_pools(recipe: Recipe) -> tuple[RewardPool, ...]:
     """Return the pools for training images and, if scorers run during training, theirs."""
     table = recipe.evaluation
-    scorers = tuple(scorer.called for scorer in table.scorers)
+    scorers = tuple(scorer.called for scorer in recipe.scorers)
     return (*reward_pools(recipe), *([RewardPool(SCORERS, scorers, table.workers)] if table.every and scorers else []))
 
 

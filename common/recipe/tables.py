@@ -11,6 +11,7 @@ from ray_ddpo.common.recipe.bounds import LARGEST, Bounded, Table
 from ray_ddpo.common.recipe.learning_rates import LearningRates
 from ray_ddpo.common.recipe.sampling_table import HeldOutSampling
 from ray_ddpo.common.recipe.sampling_table import SamplingTable as SamplingTable  # imported from here by others
+from ray_ddpo.common.suites import SUITES, Suite, SuiteName
 
 MOST_ACTORS = 10_000  # of one role
 MOST_IMAGES = 1_000_000  # of a round, or of an evaluation
@@ -277,10 +278,14 @@ class EvaluationTable(HeldOutSampling):
 
     every: int = Field(default=0, ge=0)
     """Rounds between two evaluations during training. The last round is always evaluated. 0: only in the report."""
+    suite: SuiteName | Literal["none"] = "none"
+    """Suite whose prompts, number of images, scorers and rule of the mean evaluations follow."""
+    prompts_from: str = Field(default="prompts", min_length=1)
+    """Folder of the files that `ddpo prompts` wrote, for the suites whose prompts do not ship."""
     prompts: tuple[str, ...] = ()
     """Prompts to evaluate. By default those that the prompt source holds out, else all of its prompts, in order."""
-    images: int = Field(default=64, ge=2, le=MOST_IMAGES)
-    """Images per evaluation. They are distributed over the prompts in order; if they are fewer, at equal distances."""
+    images: int | None = Field(default=None, ge=2, le=MOST_IMAGES)
+    """Images per evaluation, in turn over the prompts, or at equal distances if fewer. By default all of the suite, or 64."""
     batch_size: int = Field(default=16, ge=1)
     """Images per evaluation task."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -295,6 +300,20 @@ class EvaluationTable(HeldOutSampling):
     """Decay of an exponential moving average of the weights that is evaluated too. By default there is none."""
     saved_images: int = Field(default=8, ge=0)
     """Images of each evaluation that are kept in the run's folder: the first ones."""
+
+    @model_validator(mode="after")
+    def _a_suite_has_its_prompts(self) -> "EvaluationTable":
+        if self.prompts and self.followed:
+            raise ValueError(
+                f"suite is {self.suite!r} and prompts has {len(self.prompts)}: a suite has its own prompts; leave prompts "
+                'out, or give suite = "none"'
+            )
+        return self
+
+    @property
+    def followed(self) -> Suite | None:
+        """Return the suite that evaluations follow; None if there is none."""
+        return SUITES.get(self.suite)
 
     def is_due(self, policy_version: int, rounds: int) -> bool:
         """Return whether this version is evaluated in a run of `rounds`: every so often, and at the end."""

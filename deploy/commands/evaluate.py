@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from ray_ddpo.actors.evaluation.eval_set import build_eval_set
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.clips import mosaic
-from ray_ddpo.common.metrics.statistics import in_errors, paired_change
+from ray_ddpo.common.metrics.statistics import in_errors
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import weights_here
 from ray_ddpo.common.video_files import mp4
@@ -25,8 +26,9 @@ from ray_ddpo.deploy.commands.weights.given_weights import default_output, load_
 from ray_ddpo.deploy.driver.components import SCORING, Components, build_components
 from ray_ddpo.deploy.driver.reward_prompts import check_rewards_prompts
 from ray_ddpo.deploy.driver.start import prompts_base
+from ray_ddpo.deploy.evaluation.categories import change_of_means
 from ray_ddpo.deploy.evaluation.eval_log import images_table
-from ray_ddpo.deploy.evaluation.eval_result import WEIGHTED_SUM, EvalResult, EvalScorer, scorer_tables
+from ray_ddpo.deploy.evaluation.eval_result import WEIGHTED_SUM, EvalResult, EvalScorer, scorer_tables, suite_told
 
 OUTPUT = "evaluation"  # the default folder; if it holds a result, evaluation-2 and so on
 PRETRAINED = "pretrained"  # the model before any training
@@ -65,8 +67,12 @@ def evaluate(
     output.mkdir(parents=True, exist_ok=True)
     settings, differing = kept_settings(components, baseline), differing_settings(given, components.resolved())
     stats = {"against": against, "weights": compared, "settings": settings, "differs_from_training": differing}
+    chosen = build_eval_set(recipe.evaluation, components.prompts)
+    if chosen.suite:
+        each = {location: result.scores for location, result in {against: baseline, **found}.items()}
+        stats["suite"] = suite_told(chosen, each, list(scorer_tables(recipe)))
     _write(output, {against: baseline, **found}, stats)
-    compared_images = f"{len(baseline.seeds)} held-out images, same prompts and noise, against {against}"
+    compared_images = f"{chosen.in_words}, same prompts and noise, against {against}"
     tables = [in_words(location, scores) for location, scores in compared.items()]
     lines = [compared_images, settings_in_words(settings), *differing, *tables, "look at:"]
     shown = (*((CLIPS,) if (output / CLIPS).exists() else ()), IMAGES, ROWS, STATS)
@@ -130,17 +136,20 @@ def changes(recipe: Recipe, before: EvalResult, after: EvalResult) -> dict[str, 
     A value is None if fewer than two images have a score in both results.
     """
     names = [*([WEIGHTED_SUM] if headline(recipe) == WEIGHTED_SUM else []), *scorer_tables(recipe)]
-    return {name: _change(before.scores[name], after.scores[name]) for name in names}
+    return {name: _change(recipe, before, after, name) for name in names}
 
 
-def _change(before: np.ndarray, after: np.ndarray) -> dict[str, float] | None:
-    found = paired_change(before, after)
+def _change(recipe: Recipe, earlier: EvalResult, later: EvalResult, name: str) -> dict[str, float] | None:
+    """Compare one score of two results, by the rule of the recipe's suite if it follows one."""
+    before, after = earlier.scores[name], later.scores[name]
+    found = change_of_means(recipe.evaluation.followed, earlier.prompts, before, after)
     if found is None:
         return None
     both = np.isfinite(before) & np.isfinite(after)
     kept = share_kept(before[both], after[both])
     stats = {"images": found.images, "before": found.before, "after": found.after, "change": found.change}
-    return {**stats, "paired_standard_error": found.error} | ({} if kept is None else {"kept": kept})
+    error = found.error if np.isfinite(found.error) else None
+    return {**stats, "paired_standard_error": error} | ({} if kept is None else {"kept": kept})
 
 
 def in_words(location: str, compared: dict[str, dict[str, float] | None]) -> str:
@@ -154,7 +163,8 @@ def _line(stats: dict[str, float] | None) -> str:
     if stats is None:
         return "fewer than two images could be scored both times"
     before, after = stats["before"], stats["after"]
-    errors = in_errors(stats["change"], stats["paired_standard_error"])
+    error = stats["paired_standard_error"]
+    errors = None if error is None else in_errors(stats["change"], error)
     said = [f"{before:.4g} → {after:.4g}"]
     said += [f"{100 * stats['change'] / abs(before):+.1f} %"] if before else []
     said += [f"{errors:+.1f} paired standard errors"] if errors is not None else []

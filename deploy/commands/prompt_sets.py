@@ -8,6 +8,7 @@ from typing import get_args
 from ray_ddpo.common.prompt_set import SetName, shipped_prompts
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.published_prompts import PUBLISHED, Row
+from ray_ddpo.common.suite_prompts import trained_on
 
 
 def list_sets() -> Iterator[str]:
@@ -38,11 +39,11 @@ def fetch_set(name: str, output: Path) -> Iterator[str]:
     if there := [str(path) for path in targets.values() if path.exists()]:
         raise ValueError(f"{there[0]} is there already: remove the file, or give another --output")
     downloaded = {split: _checked(file.download()) for split, file in PUBLISHED[name].files.items()}
-    train = {row["prompt"] for row in downloaded.get("train", ())}
+    train = [row["prompt"] for row in downloaded.get("train", ())]
     output.mkdir(parents=True, exist_ok=True)
     for split, rows in downloaded.items():
         targets[split].write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        both = sum(row["prompt"] in train for row in rows) if split == "test" else 0
+        both = len(trained_on([row["prompt"] for row in rows], train)) if split == "test" else 0
         overlap = f"; {both} of them are in train, too" if both else ""
         yield f"{targets[split]}: {len(rows)} prompts ({PUBLISHED[name].files[split].pin}){overlap}"
 

@@ -29,7 +29,7 @@ def check_clips(recipe: Recipe, policy: PolicyConfig, rewards: Mapping[str, Rewa
     """
     frames: int = getattr(policy, "num_frames", 1)
     made = f"policy.num_frames is {frames}" if policy.has_frames else f"{type(policy).__name__} makes images"
-    for table in (*recipe.all_rewards, *recipe.evaluation.scorers):
+    for table in (*recipe.all_rewards, *recipe.scorers):
         _check_reward(table, rewards[table.called], made, frames if policy.has_frames else 0)
 
 

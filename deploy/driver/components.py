@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
+from ray_ddpo.actors.evaluation.eval_set import build_eval_set
 from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.actors.rewards.frames import FrameScoring
 from ray_ddpo.actors.rewards.reward import Reward
@@ -35,6 +36,7 @@ from ray_ddpo.deploy.driver.sampling_checks import (
     check_saved_calls,
     check_unguided,
 )
+from ray_ddpo.deploy.driver.suite_checks import check_suite
 from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.learner.algorithms.reward_aggregation import RewardAggregation
@@ -87,7 +89,7 @@ class Components:
     @property
     def frame_scoring(self) -> dict[str, FrameScoring]:
         """Return how each reward and scorer scores the frames of a clip, by name."""
-        tables = (*self.recipe.all_rewards, *self.recipe.evaluation.scorers)
+        tables = (*self.recipe.all_rewards, *self.recipe.scorers)
         return {table.called: FrameScoring.of(table) for table in tables}
 
     @property
@@ -143,6 +145,10 @@ def build_components(recipe: Recipe, given: Given = NOTHING_GIVEN, used: Collect
     check_packages(components, used)
     if "reward" in used:
         check_clips(recipe, components.policy, components.rewards | components.scorers)
+        if recipe.evaluation.followed:
+            build_eval_set(
+                recipe.evaluation, components.prompts
+            )  # so that prompts that were not fetched are named early
     call_if_own(components.policy, POLICIES, "check")
     components.policy.lora_files()
     check_held_out_steps(recipe, components.policy)
@@ -201,7 +207,8 @@ def components_of(recipe: Recipe, given: Given = NOTHING_GIVEN, trains: bool = T
     for table in recipe.trackers:
         trackers[table.name] = given.trackers.get(table.name) or build(TRACKERS, table.table(), "trackers", Tracker)
     rewards = {table.called: given.rewards.get(table.called) or build_reward(table) for table in recipe.all_rewards}
-    scorers = {table.called: build_reward(table) for table in recipe.evaluation.scorers}
+    scorers = {table.called: build_reward(table) for table in recipe.scorers}
+    check_suite(recipe, policy, rewards, {table.called: build_reward(table) for table in recipe.suite_scorers})
     _check_caches(recipe, rewards)
     if trains:  # the gradient passes through the rewards that are trained on, not through those of an evaluation
         check_reward_gradients(recipe, policy, algorithm, rewards)

@@ -12,6 +12,7 @@ from ray_ddpo.common.run_storage.run_folder import BASE_FILE, RunFolder
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.driver.input_image_checks import check_prompt_files
 from ray_ddpo.deploy.driver.start_from import EarlierRun, earlier_run
+from ray_ddpo.deploy.driver.suite_checks import suite_notes
 from ray_ddpo.deploy.driver.warmup_note import warmup_note
 from ray_ddpo.learner.checkpoints.checkpoint import (
     Checkpoint,
@@ -45,8 +46,9 @@ def start_of(folder: RunFolder, components: Components, resume: bool) -> Start:
     Raises:
         ValueError: the run cannot start in this folder, with this recipe or prompts, or from this earlier run.
     """
-    if note := warmup_note(components):
-        print_line(f"note: {note}")
+    for note in (warmup_note(components), *suite_notes(components.recipe, components.prompts)):
+        if note:
+            print_line(f"note: {note}")
     check_prompt_files(components.recipe, components.policy, components.prompts)
     if folder.storage.exists(folder.recipe):
         return _resumed(folder, components, resume)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +18,15 @@ from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.diffusion.prompt_lengths import print_cut_prompts
 from ray_ddpo.common.input_images import without_places
 from ray_ddpo.common.metrics.group_statistics import RewardRange, saturation
-from ray_ddpo.common.metrics.statistics import paired_change
 from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RewardTable
+from ray_ddpo.common.suites import Suite
 from ray_ddpo.common.trajectory import ImageBatch
 from ray_ddpo.deploy.driver.components import Components
-from ray_ddpo.deploy.evaluation.categories import means_by_category
-from ray_ddpo.deploy.evaluation.guard import Alarm, JudgedVersion, VersionStats, alarms, finite_mean
+from ray_ddpo.deploy.evaluation.categories import TOTAL, change_of_means, mean_score, means_by_category, suite_means
+from ray_ddpo.deploy.evaluation.guard import Alarm, JudgedVersion, VersionStats, alarms
 from ray_ddpo.learner.checkpoints.learner_state import EvalVersion
 
 LogEntry = dict[str, Any]  # of one policy version, in evaluations.jsonl
@@ -109,16 +110,38 @@ def with_weighted_sum(scores: dict[str, np.ndarray], weights: dict[str, float]) 
 
 def scorer_tables(recipe: Recipe) -> dict[str, RewardTable]:
     """Return the tables of all rewards and scorers by name: first the rewards, which are trained on."""
-    return {table.called: table for table in (*recipe.all_rewards, *recipe.evaluation.scorers)}
+    return {table.called: table for table in (*recipe.all_rewards, *recipe.scorers)}
+
+
+def suite_told(
+    chosen: EvalSet, scores: dict[str, dict[str, np.ndarray]], names: Sequence[str]
+) -> dict[str, str | dict[str, Any]]:
+    """Return the means of a suite for JSON, with their intervals: by score, by weights, and by category.
+
+    Args:
+        chosen: the evaluation set, which follows a suite.
+        scores: by weights, and by reward and scorer.
+        names: the rewards and scorers.
+    """
+    assert chosen.suite is not None, "no suite is followed"
+    told: dict[str, Any] = {}
+    for name in names:
+        told[name] = {}
+        for weights, of_weights in scores.items():
+            total, of_category = suite_means(chosen.suite, chosen.prompts, of_weights[name])
+            told[name][weights] = {key: mean.as_json() for key, mean in {TOTAL: total, **of_category}.items()}
+    return {"name": chosen.suite.name, "images": chosen.in_words, "scores": told}
 
 
 def eval_identity(recipe: Recipe, chosen: EvalSet) -> str:
     """Hash prompts, seeds, batches and scorers; results with different hashes cannot be compared."""
     table = recipe.evaluation
-    scorers = [_without_frames(scorer.model_dump(exclude={"workers"})) for scorer in table.scorers]
+    scorers = [_without_frames(scorer.model_dump(exclude={"workers"})) for scorer in recipe.scorers]
     sampled = [[prompt.text for prompt in chosen.prompts], list(chosen.seeds), table.batch_size, table.ema_decay]
     if table.own_sampling:
         sampled.append(table.own_sampling)
+    if table.followed:
+        sampled.append({"suite": table.suite})
     if any(prompt.metadata for prompt in chosen.prompts):
         sampled.append([without_places(prompt.metadata) for prompt in chosen.prompts])
     return hashlib.sha256(json.dumps([sampled, scorers], sort_keys=True).encode()).hexdigest()[:16]
@@ -153,13 +176,16 @@ def judge(
     """
     scores = variants["current"].scores
     saturated = saturation(scores[WEIGHTED_SUM], possible) if possible else None
-    stats = VersionStats(scores, images, version.kl_reference_nats, saturated)
-    scorers = [table.called for table in recipe.evaluation.scorers]
+    suite, prompts = recipe.evaluation.followed, variants["current"].prompts
+    means = {name: mean_score(suite, prompts, values) for name, values in scores.items()}
+    stats = VersionStats(scores, images, version.kl_reference_nats, saturated, means)
+    before = (base.stats if base else stats).scores
+    scorers = [table.called for table in recipe.scorers]
     found = tuple(alarms(base.stats, stats, scorers, recipe.guard)) if base else ()
     entry = {
         "policy_version": version.policy_version,
         "images": len(variants["current"].seeds),
-        "scores": {name: _score_entry((base.stats if base else stats).scores, name, variants) for name in stats.scores},
+        "scores": {name: _score_entry(before[name], name, variants, suite) for name in stats.scores},
         "image_statistics": images,
         "kl_reference_nats": version.kl_reference_nats,
         "saturation": saturated,
@@ -168,14 +194,18 @@ def judge(
     return JudgedVersion(version.policy_version, stats, found), entry
 
 
-def _score_entry(before: dict[str, np.ndarray], name: str, variants: dict[str, EvalResult]) -> dict[str, float]:
+def _score_entry(
+    before: np.ndarray, name: str, variants: dict[str, EvalResult], suite: Suite | None
+) -> dict[str, float]:
     """Return mean and change of one score for evaluations.jsonl, and its mean by category if prompts have one."""
-    means = {"current": "mean", "average": "average_mean"}
-    entry = {means[variant]: finite_mean(result.scores[name]) for variant, result in variants.items()}
-    current = variants["current"]
-    if change := paired_change(before[name], current.scores[name]):
+    means, current = {"current": "mean", "average": "average_mean"}, variants["current"]
+    prompts, now = current.prompts, current.scores[name]
+    entry = {means[variant]: mean_score(suite, prompts, result.scores[name]) for variant, result in variants.items()}
+    if suite and (error := suite_means(suite, prompts, now)[0].standard_error) is not None:
+        entry["mean_error"] = error
+    if change := change_of_means(suite, prompts, before, now):
         entry |= {"change": change.change, "standard_error": change.error}
-    categories = means_by_category(current.prompts, current.scores[name].astype(np.float64))
+    categories = means_by_category(prompts, now.astype(np.float64))
     return entry | {f"category/{category}": mean for category, mean in categories.items()}
 
 
@@ -183,7 +213,8 @@ def judged_from_log(entry: LogEntry, scores: dict[str, np.ndarray]) -> JudgedVer
     """Restore an evaluated version from its entry in evaluations.jsonl and its images' scores."""
     images = {name: math.nan if value is None else value for name, value in entry["image_statistics"].items()}
     found = tuple(Alarm(alarm["about"], alarm["says"]) for alarm in entry["alarms"])
-    stats = VersionStats(scores, images, entry["kl_reference_nats"], entry.get("saturation"))
+    means = {name: math.nan if (mean := of["mean"]) is None else mean for name, of in entry["scores"].items()}
+    stats = VersionStats(scores, images, entry["kl_reference_nats"], entry.get("saturation"), means)
     return JudgedVersion(entry["policy_version"], stats, found)
 
 

@@ -83,6 +83,8 @@ class EvalRunner:
         """
         if not self._table.every:
             return
+        if self._eval_set.suite:
+            print_line(f"evaluation: {self._eval_set.in_words}")
         rounds_done = checkpoint.rounds_done if checkpoint else 0
         state = checkpoint.evaluation if checkpoint else EvaluationState()
         known = [each for each in self._log.entries() if each["policy_version"] <= rounds_done]

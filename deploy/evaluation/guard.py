@@ -8,7 +8,7 @@ therefore looks at scores and image statistics that are not trained on, for the 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
@@ -32,6 +32,9 @@ class VersionStats:
     images: dict[str, float]  # means over the images: dark_share, and those of SHARES
     kl_reference_nats: float | None = None  # of a denoising step, to the pretrained model; None: not measured
     saturation: float | None = None  # share of the images with the best possible reward; None: it has no bound
+    means: dict[str, float] = field(
+        default_factory=dict
+    )  # by reward and scorer, by the rule of a suite if there is one
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,7 @@ class JudgedVersion:
 
     def score(self, best_by: str) -> float:
         """Return the held-out mean of one reward or scorer; NaN if no image has a score."""
-        return finite_mean(self.stats.scores[best_by])
-
-
-def finite_mean(values: Float[np.ndarray, "N"]) -> float:
-    """Return the mean of the finite values; NaN if there are none."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else math.nan
+        return self.stats.means[best_by]
 
 
 def alarms(base: VersionStats, now: VersionStats, scorers: list[str], settings: GuardTable) -> Iterator[Alarm]:

@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,12 @@ import pyarrow.parquet as parquet
 import pytest
 
 from ray_ddpo import cli
-from ray_ddpo.common.prompt_set import shipped_file, shipped_prompts
+from ray_ddpo.common.prompt_set import shipped_prompts
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RewardTable
 from ray_ddpo.common.run_storage.png import from_png
-from ray_ddpo.deploy.commands.suite.definitions import SUITES, Suite
+from ray_ddpo.common.suite_prompts import suite_source
+from ray_ddpo.common.suites import SUITES, Suite
 from ray_ddpo.deploy.commands.suite.page import shown_uri
 from ray_ddpo.deploy.driver.components import build_reward
 from ray_ddpo.deploy.evaluation.categories import Z95, CategoryMean, best_of, category_means
@@ -39,8 +39,12 @@ def test_a_prompts_images_are_averaged_before_the_standard_error() -> None:
 def test_the_suites_mean_is_that_of_its_categories_if_it_says_so() -> None:
     """GenEval's summary_scores.py: the mean over tasks, however many prompts each has."""
     rows = [0, 1, 2, 3, 4, 5, 7]  # without the image that has no score
-    total, _ = category_means(["one"] * 6 + ["two"] * 2, PROMPTS, np.array([0.0] * 6 + [1.0] * 2), True)
-    assert total.mean == 0.5 and total.standard_error is None  # one prompt of the second category
+    total, _ = category_means(["one"] * 6 + ["two"], PROMPTS[:7], np.array([0.0] * 6 + [1.0]), True)
+    assert total.mean == 0.5 and total.standard_error is None  # one image of the second category
+    scores = np.array([0.0] * 6 + [1.0, 0.0])
+    total, of_category = category_means(["one"] * 6 + ["two"] * 2, PROMPTS, scores, True)
+    # One prompt of the second category, whose images are 1 and 0: deviation √½, over √2.
+    assert of_category["two"].standard_error is None and total.standard_error == pytest.approx(0.5 / 2)
     total, _ = category_means([CATEGORIES[row] for row in rows], [PROMPTS[row] for row in rows], SCORES[rows], True)
     assert total.mean == pytest.approx((0.75 + 0.5) / 2)
     assert total.standard_error == pytest.approx(np.sqrt(0.25**2 + 0.5**2) / 2)
@@ -71,20 +75,6 @@ def test_every_suite_names_scorers_that_exist(name: str) -> None:
     for table in tables:
         build_reward(table)
     assert (SUITES[name].published is None) != (SUITES[name].shipped is None)
-
-
-@pytest.fixture
-def small_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
-    """Put six prompts of two categories where those of GenEval would be."""
-    rows = [json.loads(line) for line in shipped_file("shapes", "test").read_text().splitlines()]
-    chosen = [row for tag in ("colors", "counting") for row in [row for row in rows if row["tag"] == tag][:3]]
-    folder = tmp_path / "prompts"
-    folder.mkdir()
-    (folder / "geneval_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    scorers = ({"name": "geneval", "detector": "shapes"}, {"name": "brightness"})
-    suite = replace(SUITES["geneval"], images_per_prompt=2, scorers=scorers)
-    monkeypatch.setitem(SUITES, "geneval", suite)
-    return suite
 
 
 def check_means(rows: list[dict], found: dict) -> None:
@@ -179,7 +169,8 @@ def test_what_cannot_be_run_is_refused(
 
 def test_the_shipped_suites_use_the_test_prompts() -> None:
     for name in ("words", "shapes"):
-        assert SUITES[name].prompts(name, Path("nowhere")).evaluated() == shipped_prompts(name, "test")
+        found = suite_source(SUITES[name], Path("nowhere"), "--prompts-from").evaluated()
+        assert found == shipped_prompts(name, "test")
 
 
 def test_a_clips_poster_has_the_size_of_its_file() -> None:

@@ -101,7 +101,11 @@ def test_an_alarm_says_its_numbers() -> None:
 
 def judged(*versions: tuple[int, float, bool]) -> list[JudgedVersion]:
     return [
-        JudgedVersion(version, VersionStats({"reward": np.array([score])}, IMAGES), (Alarm("x", "x"),) if alarm else ())
+        JudgedVersion(
+            version,
+            VersionStats({"reward": np.array([score])}, IMAGES, means={"reward": score}),
+            (Alarm("x", "x"),) if alarm else (),
+        )
         for version, score, alarm in versions
     ]
 

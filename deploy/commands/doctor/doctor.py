@@ -187,7 +187,7 @@ def _reward_findings(components: Components, at: At, prompts: tuple[Prompt, ...]
     """Try every reward and scorer."""
     recipe = components.recipe
     rewards = [("reward", table) for table in recipe.all_rewards]
-    scorers = [("scorer", table) for table in recipe.evaluation.scorers]
+    scorers = [("scorer", table) for table in recipe.scorers]
     for kind, table in rewards + scorers:
         workers = table.workers or recipe.reward_workers
         runtime = runtime_of(workers, recipe.runtime)

@@ -13,10 +13,12 @@ from ray_ddpo.common.recipe.reward_pools import SHARED, all_pools
 from ray_ddpo.common.recipe.tables import LearnerTable
 from ray_ddpo.deploy.commands.plan.balance import GIGABYTES as GPU_MEMORY
 from ray_ddpo.deploy.commands.plan.balance import balance_rows, balanced, proposal, write_balanced
+from ray_ddpo.deploy.commands.plan.evaluation import evaluation_rows
 from ray_ddpo.deploy.commands.plan.numbers import Plan, device_of, in_bytes, plan_of_components, shares_gpus
 from ray_ddpo.deploy.driver.components import Components, build_components, components_of
 from ray_ddpo.deploy.driver.gpu_layout import LITTLE
 from ray_ddpo.deploy.driver.numerics_notes import rows_note
+from ray_ddpo.deploy.driver.suite_checks import suite_notes
 from ray_ddpo.deploy.driver.warmup_note import warmup_note
 from ray_ddpo.learner.optimization.checkpointing import LEAST
 from ray_ddpo.learner.optimization.optimizer import rank_optimizer_state_bytes, rank_weight_bytes
@@ -82,7 +84,9 @@ def _table(recipe: Recipe, components: Components, numbers: Plan) -> str:
     """Return all numbers of a recipe, a line each."""
     rows = [*_batch_rows(recipe, numbers), *_byte_rows(recipe, numbers), *_gpu_rows(recipe)]
     rows += balance_rows(components, numbers)
-    rows += [("note", note) for note in (rows_note(components), warmup_note(components)) if note]
+    rows += evaluation_rows(components, numbers)
+    notes = (rows_note(components), warmup_note(components), *suite_notes(recipe, components.prompts))
+    rows += [("note", note) for note in notes if note]
     rows += _fitting_rows(recipe, numbers)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

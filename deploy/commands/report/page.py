@@ -148,6 +148,8 @@ def _moved(score: Score) -> str:
 
 def _certainty(score: Score, kind: str) -> str:
     """Say whether a change may be chance."""
+    if math.isnan(score.error):
+        return "without a standard error, because a category of the suite has one image"
     if score.errors is None:
         return f"every {kind} changed alike" if score.change else f"no {kind} changed"
     size = f"{signed(score.errors)} paired standard errors"

@@ -9,7 +9,6 @@ from typing import Any
 
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.diffusion.lora.adapters import reference_policy
-from ray_ddpo.common.metrics.statistics import paired_error
 from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.reading import read_json_lines
@@ -19,14 +18,14 @@ from ray_ddpo.common.runtime import settle
 from ray_ddpo.deploy.commands.report.evaluation import evaluated_versions, shown_versions
 from ray_ddpo.deploy.commands.report.images import before_after_image, reward_curve, versions_image
 from ray_ddpo.deploy.commands.report.page import FinishedRun, report_page
-from ray_ddpo.deploy.commands.report.scores import paired, share_kept
+from ray_ddpo.deploy.commands.report.scores import paired, paired_means, share_kept
 from ray_ddpo.deploy.commands.settings import differing_settings, image_settings
 from ray_ddpo.deploy.commands.weights.given_base import check_base
 from ray_ddpo.deploy.commands.weights.run_weights import RunWeights, run_weights
 from ray_ddpo.deploy.driver.components import NOTHING_GIVEN, SCORING, Components, Given, build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
-from ray_ddpo.deploy.evaluation.eval_result import EvalComparison, EvalScorer, scorer_tables
+from ray_ddpo.deploy.evaluation.eval_result import EvalComparison, EvalScorer, scorer_tables, suite_told
 
 
 def report(run: str, overrides: list[str], given: Given = NOTHING_GIVEN) -> str:
@@ -105,20 +104,26 @@ def compare(components: Components, location: str, check: Callable[[Base], None]
 
 def summary(comparison: EvalComparison, scorers: list[str]) -> dict[str, Any]:
     """Return the scores of summary.json. The standard error is of the mean paired difference."""
-    before, after = paired(comparison, "reward")
-    return {
-        "reward_before": float(before.mean()),
-        "reward_after": float(after.mean()),
-        "paired_standard_error": paired_error(before, after),
+    before, _ = paired(comparison, "reward")
+    change = paired_means(comparison, "reward")
+    stats = {
+        "reward_before": change.before,
+        "reward_after": change.after,
+        "paired_standard_error": change.error if math.isfinite(change.error) else None,
         "images_compared": len(before),
         "scorers": {name: _scorer_stats(comparison, name) for name in scorers},
     }
+    if comparison.chosen.suite:
+        both = {"before": comparison.scores_before, "after": comparison.scores_after}
+        stats["suite"] = suite_told(comparison.chosen, both, scorers)
+    return stats
 
 
 def _scorer_stats(comparison: EvalComparison, name: str) -> dict[str, float]:
     before, after = paired(comparison, name)
     kept = share_kept(before, after)  # of a scorer of 0 and 1: the share of ones that stay ones
-    stats = {"before": float(before.mean()), "after": float(after.mean())}
+    change = paired_means(comparison, name)
+    stats = {"before": change.before, "after": change.after}
     return stats if kept is None else {**stats, "kept": kept}
 
 
@@ -141,6 +146,7 @@ def changes(stats: dict[str, Any]) -> list[str]:
     for name, values in stats["scorers"].items():
         kept = f"; of those with 1 before, {100 * values['kept']:.0f} % still have it" if "kept" in values else ""
         lines.append(f"{name}: {values['before']:.3f} before, {values['after']:.3f} after{kept}")
+    lines += [f"scores are those of {stats['suite']['images']}"] if "suite" in stats else []
     lines += stats.get("differs_from_training", [])
     if start := stats.get("start_from"):
         lines.append(f"started from {start['run']} after round {start['round']}, weights {start['fingerprint'][:12]}")

@@ -8,10 +8,11 @@ import numpy as np
 from jaxtyping import Float
 
 from ray_ddpo.common.input_images import content_key
-from ray_ddpo.common.metrics.statistics import in_errors, paired_error
+from ray_ddpo.common.metrics.statistics import PairedChange, in_errors
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.deploy.commands.report.numbers import tick
+from ray_ddpo.deploy.evaluation.categories import change_of_means
 from ray_ddpo.deploy.evaluation.eval_result import WEIGHTED_SUM, EvalComparison
 
 PROMPT_ROWS = 300  # of a table
@@ -67,6 +68,14 @@ def paired(comparison: EvalComparison, name: str) -> tuple[Float[np.ndarray, "N"
     return before[both].astype(np.float64), after[both].astype(np.float64)
 
 
+def paired_means(comparison: EvalComparison, name: str) -> PairedChange:
+    """Compare the means of these images, by the rule of the suite if the evaluation follows one."""
+    chosen, scores = comparison.chosen, (comparison.scores_before[name], comparison.scores_after[name])
+    found = change_of_means(chosen.suite, chosen.prompts, *scores)
+    assert found is not None, "`paired` has refused fewer than two images"
+    return found
+
+
 def share_kept(before: Float[np.ndarray, "N"], after: Float[np.ndarray, "N"]) -> float | None:
     """Return the share of images with score 1 before that have 1 after; None if scores other than 0 and 1 occur."""
     if before.any() and np.isin([before, after], [0, 1]).all():
@@ -94,21 +103,22 @@ def scores(comparison: EvalComparison, recipe: Recipe) -> list[Score]:
         found.append(
             _score(comparison, table.called, f"trained on, weight {tick(table.weight)}{floor}", True, table.floor)
         )
-    return found + [_score(comparison, table.called, "only looked at", False) for table in recipe.evaluation.scorers]
+    return found + [_score(comparison, table.called, "only looked at", False) for table in recipe.scorers]
 
 
 def _score(comparison: EvalComparison, name: str, role: str, trained_on: bool, floor: float | None = None) -> Score:
     """Compute the statistics of one score."""
     before, after = paired(comparison, name)
+    change = paired_means(comparison, name)
     below = [float((values < floor).mean()) if floor is not None else 0.0 for values in (before, after)]
     return Score(
         name=name,
         role=role,
         trained_on=trained_on,
         images=len(before),
-        before=float(before.mean()),
-        after=float(after.mean()),
-        error=paired_error(before, after),
+        before=change.before,
+        after=change.after,
+        error=change.error,
         higher=int((after > before).sum()),
         lower=int((after < before).sum()),
         kept=share_kept(before, after),

@@ -10,27 +10,26 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
-from jaxtyping import Float
 from pydantic import ValidationError
 
 from ray_ddpo.common.prompts import PromptSource
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import explain
 from ray_ddpo.common.recipe.tables import AggregationTable, RewardTable
+from ray_ddpo.common.suite_prompts import prompts_sha256, suite_source
+from ray_ddpo.common.suites import SUITES, Suite
 from ray_ddpo.deploy.commands.evaluate import PRETRAINED, new_output, results
 from ray_ddpo.deploy.commands.settings import differing_settings, kept_settings, settings_in_words
-from ray_ddpo.deploy.commands.suite.definitions import Suite, prompts_sha256, suite_named
 from ray_ddpo.deploy.commands.suite.page import suite_page
 from ray_ddpo.deploy.commands.weights.given_base import check_given
 from ray_ddpo.deploy.commands.weights.given_weights import recipe_of
 from ray_ddpo.deploy.driver.components import SCORING, Given, build_components
 from ray_ddpo.deploy.driver.reward_prompts import check_rewards_prompts
-from ray_ddpo.deploy.evaluation.categories import CategoryMean, best_of, category, category_means
+from ray_ddpo.deploy.evaluation.categories import TOTAL, CategoryMean, best_of, suite_means
 from ray_ddpo.deploy.evaluation.eval_log import images_table
 from ray_ddpo.deploy.evaluation.eval_result import EvalResult
 
 JSON, PAGE, ROWS = FILES = ("suite.json", "suite.html", "images.parquet")
-TOTAL = "suite"  # the row of the whole suite, in tables
 # With these words, other rewards and prompts than those of the run are no fault.
 OTHERS = ("--rewards", "--prompts")
 
@@ -43,12 +42,14 @@ def evaluate_suite(options: argparse.Namespace) -> str:
     Raises:
         ValueError: there is no such suite, its prompts or a scorer's files are missing, or weights do not fit.
     """
-    suite = suite_named(options.suite)
+    if options.suite not in SUITES:
+        raise ValueError(f"--suite is {options.suite!r}: it must be one of {list(SUITES)}")
+    suite = SUITES[options.suite]
     # The baseline is part of the table, unless it is one of the weights.
     named = list(dict.fromkeys([options.against, *options.weights]))
     given = [location for location in named if location != PRETRAINED]
     scorers = scorer_tables(options.scorers) if options.scorers else [checked(table) for table in suite.scorers]
-    source = suite.prompts(options.suite, Path(options.prompts_from))
+    source = suite_source(suite, Path(options.prompts_from), "--prompts-from")
     if not given and options.recipe is None:
         raise ValueError("the pretrained model alone needs --recipe, which says what model that is")
     recipe = suite_recipe(recipe_of(given, options.recipe, options.overrides), suite, source, scorers)
@@ -59,7 +60,7 @@ def evaluate_suite(options: argparse.Namespace) -> str:
     found = results(components, named, lambda base: check_given(given, options.recipe, base, others))
     found = {location: found[location] for location in named}
     baseline = found[options.against]
-    means = {table.called: suite_means(suite, found, table.called) for table in scorers}
+    means = {table.called: means_by_weights(suite, found, table.called) for table in scorers}
     settings = kept_settings(components, baseline)
     differing = differing_settings(given, components.resolved())
     told = {
@@ -111,39 +112,28 @@ def checked(table: dict[str, Any]) -> RewardTable:
 def suite_recipe(recipe: Recipe, suite: Suite, source: PromptSource, scorers: Sequence[RewardTable]) -> Recipe:
     """Return the recipe with the suite's scorers and number of images, and without the run's own rewards."""
     images = len(source.evaluated()) * suite.images_per_prompt
-    evaluation = recipe.evaluation.model_copy(update={"prompts": (), "images": images, "scorers": ()})
+    evaluation = recipe.evaluation.model_copy(update={"suite": "none", "prompts": (), "images": images, "scorers": ()})
     rewards = {"reward": None, "rewards": tuple(scorers), "aggregation": AggregationTable()}
     return recipe.model_copy(update={**rewards, "evaluation": evaluation})
 
 
-def suite_means(suite: Suite, found: dict[str, EvalResult], scorer: str) -> Means:
+def means_by_weights(suite: Suite, found: dict[str, EvalResult], scorer: str) -> Means:
     """Return the means of one scorer: by weights, and by category with the whole suite first."""
     means: Means = {}
     for location, result in found.items():
-        total, of_category = _means(suite, result, _scores(result, scorer))
+        total, of_category = suite_means(suite, result.prompts, result.scores[scorer])
         means[location] = {TOTAL: total, **of_category}
     return means
 
 
-def _scores(result: EvalResult, scorer: str) -> Float[np.ndarray, "N"]:
-    """Return scores in float64, so that means of differences are differences of means."""
-    return result.scores[scorer].astype(np.float64)
-
-
-def _means(suite: Suite, result: EvalResult, scores: np.ndarray) -> tuple[CategoryMean, dict[str, CategoryMean]]:
-    categories = [category(prompt) for prompt in result.prompts]
-    keys = [prompt.key for prompt in result.prompts]
-    return category_means(categories, keys, scores, suite.mean_of_categories)
-
-
 def scores_as_json(suite: Suite, found: dict[str, EvalResult], scorer: str, against: str) -> dict[str, Any]:
     """Return one scorer's means by weights and category, their paired changes, and the best weights by category."""
-    means = suite_means(suite, found, scorer)
+    means = means_by_weights(suite, found, scorer)
     changes = {}
     for location, result in found.items():
         if location != against:
-            difference = _scores(result, scorer) - _scores(found[against], scorer)
-            total, of_category = _means(suite, result, difference)
+            now, before = (each.scores[scorer].astype(np.float64) for each in (result, found[against]))
+            total, of_category = suite_means(suite, result.prompts, now - before)
             changes[location] = {TOTAL: total.as_json()} | {name: each.as_json() for name, each in of_category.items()}
     return {
         "weights": {location: {name: each.as_json() for name, each in row.items()} for location, row in means.items()},

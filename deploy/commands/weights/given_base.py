@@ -11,7 +11,7 @@ from ray_ddpo.deploy.driver.start import refusal
 
 INSIDE_A_RUN = ("lora", "best", FILE_NAME, EXACT_NAME, *TRAINED_PARTS)
 # Overrides of these keys ask for other rewards or prompts, so a difference is no fault.
-ASKED_FOR = {"reward": ("reward", "rewards", "evaluation.scorers"), "prompts": ("prompts",)}
+ASKED_FOR = {"reward": ("reward", "rewards", "evaluation.scorers", "evaluation.suite"), "prompts": ("prompts",)}
 
 
 def run_of(location: str) -> RunFolder | None:

@@ -1,74 +1,60 @@
-"""The suites: prompts, images a prompt, scorers, and how categories are averaged."""
+"""The suites of published evaluations: prompts, images a prompt, scorers, and the rule of their mean (no torch)."""
 
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ray_ddpo.common.prompt_set import PromptSet, SetName
-from ray_ddpo.common.prompts import File, Prompt, PromptSource
+SuiteName = Literal["ocr", "geneval", "pickscore", "drawbench", "words", "shapes"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
     """A standard evaluation. Steps, guidance and size are those of the recipe, because they belong to the model."""
 
+    name: str
     about: str
     scorers: tuple[dict[str, Any], ...]  # tables of rewards
     published: str | None = None  # name of the published set whose test prompts are used
-    shipped: SetName | None = None
+    shipped: Literal["words", "shapes"] | None = None
     images_per_prompt: int = 1
     mean_of_categories: bool = False  # or of prompts
 
-    def prompts(self, name: str, folder: Path) -> PromptSource:
-        """Return the source of the suite's prompts.
 
-        Raises:
-            ValueError: the published prompts were not fetched into `folder`.
-        """
-        if self.shipped is not None:
-            return PromptSet(set=self.shipped)
-        path = folder / f"{self.published}_test.jsonl"
-        if not path.is_file():
-            raise ValueError(
-                f"the suite {name} needs {path}, which is not there: fetch it with ddpo prompts {self.published} "
-                f"--output {folder}, or say with --prompts-from where it is"
-            )
-        return File(path=str(path))
-
-
-SUITES: dict[str, Suite] = {
-    "ocr": Suite(
+_ALL = (
+    Suite(
+        name="ocr",
         about="Flow-GRPO's test prompts with quoted words (Liu et al. 2025)",
         published="ocr",
         scorers=({"name": "ocr"},),
     ),
-    "geneval": Suite(
+    Suite(
+        name="geneval",
         about="GenEval (Ghosh et al. 2023): the mean of six categories",
         published="geneval",
         scorers=({"name": "geneval", "measure": "correct"},),
         images_per_prompt=4,
         mean_of_categories=True,
     ),
-    "pickscore": Suite(
+    Suite(
+        name="pickscore",
         about="Flow-GRPO's test prompts of Pick-a-Pic (Liu et al. 2025)",
         published="pickscore",
         scorers=({"name": "pickscore"},),
     ),
-    "drawbench": Suite(
+    Suite(
+        name="drawbench",
         about="DrawBench (Saharia et al. 2022) under several scorers, as Flow-GRPO reports",
         published="drawbench",
         scorers=tuple({"name": name} for name in ("aesthetic", "image_reward", "pickscore", "clip_score", "hps_v2")),
     ),
-    "words": Suite(
+    Suite(
+        name="words",
         about="the words that ship, for a model that writes short words",
         shipped="words",
         scorers=({"name": "ocr"}, {"name": "ocr", "measure": "strict", "label": "ocr_strict"}),
         images_per_prompt=2,
     ),
-    "shapes": Suite(
+    Suite(
+        name="shapes",
         about="the shapes that ship, for a model that draws coloured shapes",
         shipped="shapes",
         scorers=(
@@ -78,17 +64,6 @@ SUITES: dict[str, Suite] = {
         images_per_prompt=4,
         mean_of_categories=True,
     ),
-}
+)
 
-
-def suite_named(name: str) -> Suite:
-    """Return a suite. Raise ValueError if there is none of this name."""
-    if name not in SUITES:
-        raise ValueError(f"--suite is {name!r}: it must be one of {list(SUITES)}")
-    return SUITES[name]
-
-
-def prompts_sha256(prompts: Sequence[Prompt]) -> str:
-    """Return the SHA-256 of prompts and metadata: results of other prompts cannot be compared."""
-    told = [[prompt.text, prompt.metadata] for prompt in prompts]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+SUITES: dict[str, Suite] = {suite.name: suite for suite in _ALL}
