@@ -147,6 +147,12 @@ class Experts(Wan):
             )
         if not sampling.trains_no_steps:
             self._refuse_experts_without_steps(sampling)
+        if self.guidance_scale_2 is not None and not sampling.is_guided:
+            raise ValueError(
+                f"policy.guidance_scale_2 is {self.guidance_scale_2:g} and sampling.guidance_scale "
+                f"{sampling.guidance_scale:g}, with which no expert is guided, as in diffusers: leave guidance_scale_2 "
+                "out, or give a guidance_scale above 1"
+            )
 
     def _refuse_experts_without_steps(self, sampling: SamplingTable) -> None:
         """Raise ValueError if an expert is to be trained and no step that can be trained on is its own."""

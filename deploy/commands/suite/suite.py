@@ -33,6 +33,14 @@ JSON, PAGE, ROWS = FILES = ("suite.json", "suite.html", "images.parquet")
 TOTAL = "suite"  # the row of the whole suite, in tables
 # With these words, other rewards and prompts than those of the run are no fault.
 OTHERS = ("--rewards", "--prompts")
+# Keys in whose place a suite has its own.
+REPLACED = (
+    "reward",
+    "rewards",
+    "aggregation",
+    "prompts",
+    *(f"evaluation.{key}" for key in ("prompts", "images", "scorers")),
+)
 
 Means = dict[str, dict[str, CategoryMean]]  # by weights, then by category or TOTAL
 
@@ -44,6 +52,7 @@ def evaluate_suite(options: argparse.Namespace) -> str:
         ValueError: there is no such suite, its prompts or a scorer's files are missing, or weights do not fit.
     """
     suite = suite_named(options.suite)
+    refuse_replaced(options.overrides)
     # The baseline is part of the table, unless it is one of the weights.
     named = list(dict.fromkeys([options.against, *options.weights]))
     given = [location for location in named if location != PRETRAINED]
@@ -83,6 +92,17 @@ def evaluate_suite(options: argparse.Namespace) -> str:
     lines += [line for name, of_scorer in means.items() for line in table_lines(name, of_scorer)]
     lines += ["", "mean ± half of the 95 % confidence interval; * marks the best weights of a row"]
     return "\n".join([*lines, "look at:", *(f"  {output / name}" for name in FILES)])
+
+
+def refuse_replaced(overrides: Sequence[str]) -> None:
+    """Raise ValueError for a key that would have no effect, because the suite replaces it."""
+    keys = [word.removeprefix("--").partition("=")[0] for word in overrides if word.startswith("--")]
+    for key in keys:
+        if any(key == name or key.startswith(f"{name}.") for name in REPLACED):
+            raise ValueError(
+                f"--{key} has no effect on a suite, which has prompts, number of images and scorers of its own: leave it "
+                "out; --scorers gives other scorers"
+            )
 
 
 def scorer_tables(text: str) -> list[RewardTable]:

@@ -170,6 +170,13 @@ def test_an_expert_that_no_step_trains_is_refused(expert: str, sampling: dict[st
     config.check_sampling(SamplingTable(num_steps=4, deterministic=True) if expert == "both" else SAMPLING_OF_BOTH)
 
 
+def test_guidance_of_one_expert_without_that_of_the_other_is_refused() -> None:
+    config = config_of(("wan22", Path("someone/Wan2.2-tuned")), guidance_scale_2=3.0)
+    config.check_sampling(SamplingTable(num_steps=20, guidance_scale=2.0))
+    with pytest.raises(ValueError, match="policy.guidance_scale_2 is 3 and sampling.guidance_scale 1, with which no"):
+        config.check_sampling(SamplingTable(num_steps=20, guidance_scale=1.0))
+
+
 def test_a_folder_that_lacks_files_of_the_schedule_is_left_to_loading(tmp_path: Path) -> None:
     settings = SamplingTable(num_steps=20)
     for model in ("someone/Wan2.2-T2V-A14B-tuned", str(tmp_path)):
