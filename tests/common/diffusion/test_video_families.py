@@ -152,7 +152,7 @@ def test_a_learner_of_one_expert_refuses_steps_of_the_other(tmp_path: Path) -> N
 
 
 SAMPLING_OF_BOTH = SamplingTable(num_steps=7)
-IDLE: list[tuple[str, dict[str, int]]] = [  # of 4 steps only the last, without noise, is of the expert for low noise
+IDLE: list[tuple[str, dict[str, Any]]] = [  # of 4 steps only the last, without noise, is of the expert for low noise
     ("both", {"num_steps": 4}),
     ("low_noise", {"num_steps": 4}),
     ("both", {"num_steps": 7, "skip_first_steps": 4}),
@@ -163,7 +163,7 @@ IDLE: list[tuple[str, dict[str, int]]] = [  # of 4 steps only the last, without 
 
 
 @pytest.mark.parametrize(("expert", "sampling"), IDLE)
-def test_an_expert_that_no_step_trains_is_refused(expert: str, sampling: dict[str, int], tmp_path: Path) -> None:
+def test_an_expert_that_no_step_trains_is_refused(expert: str, sampling: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(("wan22", MAKERS["wan22"](tmp_path)), expert=expert)
     with pytest.raises(ValueError, match=f'policy.expert is "{expert}", and the steps that can be trained on are'):
         config.check_sampling(SamplingTable(**sampling))
