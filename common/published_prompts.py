@@ -100,8 +100,9 @@ def text_lines(text: str) -> list[Row]:
 
 
 def quoted_lines(text: str) -> list[Row]:
-    """Return one prompt a line, with its first quoted words as `target`; lines without any are left out."""
-    found = [(row["prompt"], QUOTED.search(row["prompt"])) for row in text_lines(text)]
+    """Return one prompt a line, with its first quoted words as `target`; lines without clear ones are left out."""
+    lines = [row["prompt"] for row in text_lines(text)]
+    found = [(line, QUOTED.search(line)) for line in lines if line.count('"') % 2 == 0]
     return [{"prompt": prompt, "target": words[1]} for prompt, words in found if words and words[1].strip()]
 
 

@@ -73,7 +73,14 @@ class GenEval(Reward):
         return {**super().user_modules(), **own}
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        asked = {name for prompt in prompts for name in requirements(prompt.text, prompt.metadata).classes}
+        wanted = {prompt.text: requirements(prompt.text, prompt.metadata) for prompt in prompts}
+        for text, each in wanted.items():
+            if each.most > self.max_objects:
+                raise ValueError(
+                    f"prompt {text[:200]!r} counts to {each.most}, and reward.max_objects is {self.max_objects}: objects "
+                    "beyond it are not looked at; give a higher one"
+                )
+        asked = {name for each in wanted.values() for name in each.classes}
         if self.detector == "shapes":
             from ray_ddpo.actors.detection.shapes import check_classes
 

@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -64,8 +65,17 @@ class Ocr(Reward):
         return 0.0, 1.0
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            target(prompt.text)
+        targets = {target(prompt.text): prompt.text for prompt in prompts}
+        letters = {letter for words in targets for letter in words if letter.isalpha()}
+        if all(letter.isascii() for letter in letters):
+            return
+        unknown = letters - readable_characters()
+        for words, text in targets.items():
+            if found := sorted(unknown & set(words)):
+                raise ValueError(
+                    f"prompt {text[:200]!r} has the letters {''.join(found)} in its quoted words, which the recognizer does "
+                    "not know: it reads Latin, Greek, Chinese and Japanese"
+                )
 
     def load(self, device: str) -> LoadedReward:
         """Load one recognizer a thread of the process (`runtime.threads`), or one on a GPU.
@@ -86,16 +96,35 @@ class Ocr(Reward):
 
 
 def target(prompt: str) -> str:
-    """Return the first words in double quotes without spaces and in lower case. Raise ValueError if there are none."""
+    """Return the first words in double quotes without spaces and in lower case.
+
+    Raises:
+        ValueError: there are none, or a quote is not closed, so that it is not clear which words are quoted.
+    """
     found = QUOTED.search(prompt)
     words = normalized(found[1]) if found else ""
+    shown = repr(prompt if len(prompt) <= 200 else f"{prompt[:200]}…")
+    if words and (count := prompt.count('"')) % 2:
+        raise ValueError(
+            f"prompt {shown} has {count} double quotes, so that it is not clear which words are quoted: write "
+            "other signs for inches and the like"
+        )
     if not words:
-        shown = repr(prompt if len(prompt) <= 200 else f"{prompt[:200]}…")
         raise ValueError(
             f"prompt {shown} has no words in double quotes: the reward ocr compares an image's text with the prompt's "
             """first quoted words, as in 'a sign that says "OPEN"'"""
         )
     return words
+
+
+@cache
+def readable_characters() -> frozenset[str]:
+    """Return the characters that the recognizer can give, in lower case."""
+    from rapidocr import RapidOCR
+
+    recognizer: Any = RapidOCR(params={"Global.log_level": "error", "Global.use_cls": False})
+    recognizer(np.zeros((48, 96, 3), np.uint8), use_det=False)  # it loads its network at the first image
+    return frozenset(normalized("".join(recognizer.text_rec.session.get_character_list())))
 
 
 def normalized(text: str) -> str:

@@ -47,6 +47,7 @@ class ServiceClient:
         self._seconds = timeout_seconds
         self._attempts = attempts
         self._earliest = 0.0  # of the next request, after a 429
+        self._requests = 0  # since they were taken
         self._lock = threading.Lock()
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if token:
@@ -95,9 +96,17 @@ class ServiceClient:
                 time.sleep(pause)
         raise RewardServiceFailed(fault)
 
+    def take_requests(self) -> int:
+        """Return the number of requests since the last call, also of those that failed, and count from 0 again."""
+        with self._lock:
+            taken, self._requests = self._requests, 0
+        return taken
+
     def _once(self, path: str, body: bytes | None) -> _Answer:
         """Send one request. The total time is limited here, because the timeout of httpx is for each read."""
         deadline, parts, size = time.monotonic() + self._seconds, [], 0
+        with self._lock:
+            self._requests += 1
         with self._client.stream("GET" if body is None else "POST", self.url + path, content=body) as response:
             for part in response.iter_bytes():
                 parts.append(part)

@@ -41,8 +41,10 @@ FINAL_SCORE_PROMPT = (
     "Your task is provided as follows:\n"
     "Text Caption: [{prompt}]"
 )
-AXIS_PATTERN = r"{axis} Score \(1-5\):\s*(" + NUMBER + ")"
-FINAL_SCORE_PATTERN = r"Final Score:\**\s*(" + NUMBER + ")"
+# The authors' patterns, but for what may stand behind the number: "4,5", "40%" and "4/10" are not the number 4 or 40.
+END = r"(?![\w%]|[.,]\d|\s*/\s*(?!5\b))"
+AXIS_PATTERN = r"{axis} Score \(1-5\):\s*(" + NUMBER + ")" + END
+FINAL_SCORE_PATTERN = r"Final Score:\**\s*(" + NUMBER + ")" + END
 
 
 class AxisWeights(Table):

@@ -18,7 +18,7 @@ from ray_ddpo.common.video_files import mp4
 from ray_ddpo.deploy.commands.settings import differing_settings
 from ray_ddpo.deploy.commands.weights.given_base import check_given
 from ray_ddpo.deploy.commands.weights.given_weights import default_output, load_policy, recipe_of, refuse_output_file
-from ray_ddpo.deploy.driver.components import SAMPLING, build_components
+from ray_ddpo.deploy.driver.components import LOADING, build_components
 
 OUTPUT = "samples"  # default folder, in the run's
 
@@ -52,7 +52,7 @@ def sample(
     with weights_here(weights) as path:
         policy = load_policy(recipe, path)
     edited = _edited(policy, prompts, {name: path for name, path in (inputs or {}).items() if path})
-    components = build_components(recipe, used=SAMPLING)
+    components = build_components(recipe, used=LOADING)
     check_given([weights], named, components.policy.loaded_base("sampler"), overrides)
     for line in differing_settings([weights], components.resolved()):
         print_line(line)

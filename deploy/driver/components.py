@@ -43,7 +43,8 @@ from ray_ddpo.learner.algorithms.reward_aggregation import RewardAggregation
 from ray_ddpo.learner.optimization.optimizer import check_optimizer
 from ray_ddpo.learner.sharding_check import check_sharding
 
-SAMPLING = ("policy", "prompts")  # tables that each kind of command uses
+LOADING = ("policy",)  # tables that each kind of command uses
+SAMPLING = (*LOADING, "prompts")
 SCORING = (*SAMPLING, "reward")
 TRAINING = (*SCORING, "algorithm", "learner", "trackers")
 TRIED = 2  # prompts that a synthetic batch repeats
@@ -153,7 +154,7 @@ def build_components(recipe: Recipe, given: Given = NOTHING_GIVEN, used: Collect
     components.policy.lora_files()
     check_held_out_steps(recipe, components.policy)
     # Files of images are read where a run starts: a plan needs none.
-    if not components.prompts.gives_images and not components.prompts.input_columns:
+    if "prompts" in used and not components.prompts.gives_images and not components.prompts.input_columns:
         call_if_own(components.prompts, PROMPTS, "load")
     if components.algorithm.restarts_per_image is not None and "learner" in used:
         components = replace(components, algorithm=with_reward_gradients(components))

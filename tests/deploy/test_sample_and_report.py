@@ -71,6 +71,8 @@ def test_a_lora_file_alone_needs_a_recipe_and_samples_the_same(run: Path, tmp_pa
     arguments = ["--lora", str(file), "--recipe", str(run / "recipe.toml"), "--output", str(tmp_path / "b"), "fox"]
     assert cli.main(["sample", *arguments]) == 0
     assert (tmp_path / "a/000-fox-seed0.png").read_bytes() == (tmp_path / "b/000-fox-seed0.png").read_bytes()
+    elsewhere = '--prompts={ name = "file", path = "not_here.jsonl" }'  # training prompts are not read
+    assert cli.main(["sample", "--lora", str(run), "--output", str(tmp_path / "c"), elsewhere, "fox"]) == 0
 
 
 def test_the_report_says_what_changed(run: Path, capsys: pytest.CaptureFixture) -> None:

@@ -157,6 +157,8 @@ def test_a_suite_compares_weights_by_category(
         ),
         (["--scorers", "[]"], "--scorers is for a suite"),
         (["--suite", "words"], "the pretrained model alone needs --recipe"),
+        (["--suite", "words", "--evaluation.images", "4"], "--evaluation.images has no effect on a suite"),
+        (["--suite", "words", "--reward.measure=strict"], "--reward.measure has no effect on a suite"),
     ],
 )
 def test_what_cannot_be_run_is_refused(

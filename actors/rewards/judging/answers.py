@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-# A number alone, perhaps after "Score:", perhaps with "/10" or "out of 10" behind. A sign or a "%" is not skipped.
+# A number alone, perhaps after "Score:", perhaps with "/10" or "out of 10" behind. Not skipped: a sign, even of another
+# character, a comparison such as "<5", "about", and "%".
 NUMBER_ALONE = re.compile(
-    rf"[^\w+.-]*(?:(?:final|overall|total)?\s*(?:score|rating|answer|grade)\b(?:\s|is\b|[=:*_])*)?({NUMBER})"
+    rf"[^\w+.\-−–—‐‑<>≤≥~≈±]*(?:(?:final|overall|total)?\s*(?:score|rating|answer|grade)\b(?:\s|is\b|[=:*_])*)?({NUMBER})"
     rf"\s*(?:(?:/|out of)\s*({NUMBER}))?[^\w%‰]*",
     re.IGNORECASE,
 )
+HIGHEST_LOG_PROB = 1e-3  # nats: 0 with rounding
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL | re.IGNORECASE)
 LEAST_MASS = 0.5  # of the first token's probability that "yes" and "no" must have together
 
@@ -70,7 +72,11 @@ def read_json_number(text: str, field: str, lowest: float, highest: float) -> fl
     if len(fenced) > 1:
         raise UnreadableAnswer("it must have one JSON object, and has several code blocks")
     try:
-        value = json.loads(fenced[0] if fenced else text, parse_constant=_refuse_constant)
+        value = json.loads(
+            fenced[0] if fenced else text, parse_constant=_refuse_constant, object_pairs_hook=_without_twice
+        )
+    except UnreadableAnswer:
+        raise
     except (ValueError, RecursionError):
         raise UnreadableAnswer("it must be a JSON object") from None
     number = value.get(field) if isinstance(value, dict) else None
@@ -104,13 +110,15 @@ def yes_probability(first_token: tuple[tuple[str, float], ...]) -> float:
         first_token: candidates for the first token, and their log-probs in nats.
 
     Raises:
-        UnreadableAnswer: there are no log-probs, or another word is more probable than both.
+        UnreadableAnswer: there are no log-probs, one is none, or another word is more probable than both.
     """
     if not first_token:
         raise UnreadableAnswer("the service gave no log-probs: set log_probs = false for its yes-or-no questions")
     mass = {"yes": 0.0, "no": 0.0}
     for token, log_prob in first_token:
         word = token.strip(" \t\n▁Ġ\"'*.,!").casefold()
+        if not log_prob <= HIGHEST_LOG_PROB:
+            raise UnreadableAnswer(f"the log-prob of {token!r} is {log_prob:g}: it must be 0 or less")
         if word in mass:
             mass[word] += math.exp(log_prob)
     total = mass["yes"] + mass["no"]
@@ -128,3 +136,11 @@ def in_range(number: float, lowest: float, highest: float) -> float:
 
 def _refuse_constant(constant: str) -> Any:
     raise ValueError(f"{constant} is no number")
+
+
+def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Raise UnreadableAnswer if it has a key twice, as one of two scores would be taken."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise UnreadableAnswer("it must be a JSON object, and has a key twice")
+    return value

@@ -169,6 +169,7 @@ class Judge:
         """Return requests, tokens and dollars since the last call, and count from 0 again."""
         with self._lock:
             used, self._usage = self._usage, Counter()
+        used["requests"] = self._client.take_requests()
         names = ("requests", "cached_answers", "input_tokens", "output_tokens")
         usage = {name: float(used[name]) for name in names}
         prices = self._settings.dollars_per_million_input, self._settings.dollars_per_million_output
@@ -197,7 +198,8 @@ class Judge:
             except UnreadableAnswer:
                 pass  # it was read by other rules: ask again
             else:
-                self._count("cached_answers")
+                with self._lock:
+                    self._usage["cached_answers"] += 1
                 return score
         return self._ask(shown, question, text, body, key)
 
@@ -206,7 +208,7 @@ class Judge:
         fault = ""
         for _ in range(self._settings.attempts):
             answer, usage = ask_about(self._client, body, *shown)
-            self._count("requests", usage)
+            self._count(usage)
             try:
                 if answer.cut_off and not question.log_probs:
                     raise UnreadableAnswer(f"it was cut off after {question.max_tokens} tokens")
@@ -222,12 +224,10 @@ class Judge:
             self._unreadable.clear()
         raise RewardServiceFailed(f"{self._settings.model} {fault}")
 
-    def _count(self, name: str, usage: TokenUsage | None = None) -> None:
+    def _count(self, usage: TokenUsage) -> None:
         with self._lock:
-            self._usage[name] += 1
-            if usage:
-                self._usage["input_tokens"] += usage.prompt_tokens
-                self._usage["output_tokens"] += usage.completion_tokens
+            self._usage["input_tokens"] += usage.prompt_tokens
+            self._usage["output_tokens"] += usage.completion_tokens
 
 
 def fill(template: str, prompt: str, metadata: Metadata) -> str:

@@ -145,13 +145,47 @@ class Experts(Wan):
                 'its own steps: give "both", leave out sampling.deterministic, or give sampling.sde_window beside a '
                 "solver or a cache"
             )
+        if not sampling.trains_no_steps:
+            self._refuse_experts_without_steps(sampling)
+        if self.guidance_scale_2 is not None and not sampling.is_guided:
+            raise ValueError(
+                f"policy.guidance_scale_2 is {self.guidance_scale_2:g} and sampling.guidance_scale "
+                f"{sampling.guidance_scale:g}, with which no expert is guided, as in diffusers: leave guidance_scale_2 "
+                "out, or give a guidance_scale above 1"
+            )
+
+    def _refuse_experts_without_steps(self, sampling: SamplingTable) -> None:
+        """Raise ValueError if an expert is to be trained and no step that can be trained on is its own."""
+        table, boundary = self._schedule(sampling)
+        high = is_high(table.timesteps, boundary, table)
+        steps = torch.nonzero(of_experts(table, boundary, self.expert).noise_level).flatten().tolist()
+        end = (sampling.num_steps if sampling.sde_window else len(steps)) - sampling.skip_last_steps
+        reached = range(sampling.skip_first_steps, end)
+        trained = sorted(set(steps) & set(reached)) if sampling.sde_window else steps[reached.start : end]
+        for expert, own in (("high_noise", high), ("low_noise", ~high)):
+            if self.expert in (expert, "both") and not own[trained].any():
+                raise ValueError(
+                    f'policy.expert is "{self.expert}", and the steps that can be trained on are {trained}: none is of the '
+                    f"expert {expert}, which predicts at {torch.nonzero(own).flatten().tolist()} of 0 to "
+                    f"{sampling.num_steps - 1}, the last of them without noise; give other sampling.num_steps or "
+                    "skipped steps, or another expert"
+                )
 
     def stochastic_steps(self, sampling: SamplingTable) -> int:
+        table, boundary = self._schedule(sampling)
+        return int((of_experts(table, boundary, self.expert).noise_level > 0).sum())
+
+    def _schedule(self, sampling: SamplingTable) -> tuple[FlowMatchTable, float]:
+        """Return the steps, and the share of the timesteps at which the experts change.
+
+        They are the published ones if the model's files do not tell; loading reports what these lack.
+        """
         quiet_libraries()
-        files = configuration_files(self) or self.published[self.model]
+        files = configuration_files(self)
+        if "scheduler" not in files or not isinstance(files.get("model_index", {}).get("boundary_ratio"), float):
+            files = self.published.get(self.model) or next(iter(self.published.values()))
         table = flow_match_table(dict(files["scheduler"]), sampling.num_steps, sampling.eta, None, False, sampling.sde)
-        levels = of_experts(table, files["model_index"]["boundary_ratio"], self.expert).noise_level
-        return int((levels > 0).sum())
+        return table, files["model_index"]["boundary_ratio"]
 
     def pipeline_arguments(self, sampling: SamplingTable, size: tuple[int, int]) -> dict[str, Any]:
         scales = {} if self.guidance_scale_2 is None else {"guidance_scale_2": self.guidance_scale_2}

@@ -32,6 +32,14 @@ from ray_ddpo.deploy.evaluation.eval_result import EvalResult
 JSON, PAGE, ROWS = FILES = ("suite.json", "suite.html", "images.parquet")
 # With these words, other rewards and prompts than those of the run are no fault.
 OTHERS = ("--rewards", "--prompts")
+# Keys in whose place a suite has its own.
+REPLACED = (
+    "reward",
+    "rewards",
+    "aggregation",
+    "prompts",
+    *(f"evaluation.{key}" for key in ("suite", "prompts", "prompts_from", "images", "scorers")),
+)
 
 Means = dict[str, dict[str, CategoryMean]]  # by weights, then by category or TOTAL
 
@@ -45,6 +53,7 @@ def evaluate_suite(options: argparse.Namespace) -> str:
     if options.suite not in SUITES:
         raise ValueError(f"--suite is {options.suite!r}: it must be one of {list(SUITES)}")
     suite = SUITES[options.suite]
+    refuse_replaced(options.overrides)
     # The baseline is part of the table, unless it is one of the weights.
     named = list(dict.fromkeys([options.against, *options.weights]))
     given = [location for location in named if location != PRETRAINED]
@@ -84,6 +93,17 @@ def evaluate_suite(options: argparse.Namespace) -> str:
     lines += [line for name, of_scorer in means.items() for line in table_lines(name, of_scorer)]
     lines += ["", "mean ± half of the 95 % confidence interval; * marks the best weights of a row"]
     return "\n".join([*lines, "look at:", *(f"  {output / name}" for name in FILES)])
+
+
+def refuse_replaced(overrides: Sequence[str]) -> None:
+    """Raise ValueError for a key that would have no effect, because the suite replaces it."""
+    keys = [word.removeprefix("--").partition("=")[0] for word in overrides if word.startswith("--")]
+    for key in keys:
+        if any(key == name or key.startswith(f"{name}.") for name in REPLACED):
+            raise ValueError(
+                f"--{key} has no effect on a suite, which has prompts, number of images and scorers of its own: leave it "
+                "out; --scorers gives other scorers"
+            )
 
 
 def scorer_tables(text: str) -> list[RewardTable]:

@@ -14,7 +14,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.runtime import settle
 from ray_ddpo.deploy.commands.weights.given_base import run_of
-from ray_ddpo.deploy.driver.components import SAMPLING, build_components
+from ray_ddpo.deploy.driver.components import LOADING, build_components
 
 PIPELINE_FILE = "model_index.json"  # of diffusers
 
@@ -80,7 +80,7 @@ def load_policy(recipe: Recipe, weights: Path | None) -> Policy:
     Raises:
         ValueError: the weights are missing or do not fit the model.
     """
-    config, device = build_components(recipe, used=SAMPLING).policy, settle(recipe.runtime)
+    config, device = build_components(recipe, used=LOADING).policy, settle(recipe.runtime)
 
     def load(config: PolicyConfig) -> Policy:
         return load_checked(config, device, recipe.sampling, "sampler")

@@ -106,11 +106,25 @@ def test_a_position_is_relative_to_an_earlier_entry() -> None:
         ({"tag": "position", "include": [{"class": "cat", "count": 0}]}, "include.0.count"),
         ({"tag": "position", "include": [{"class": "cat", "count": 1, "position": ["left of", 0]}]}, "earlier entry"),
         ({"tag": "position", "include": [{"class": "cat", "count": 1, "position": ["near", 0]}]}, "include.0.position"),
+        ({"tag": "colors", "include": [{"class": "cat", "count": 1, "colour": "red"}]}, "colour: this is not a key"),
+        ({"tag": "counting", "include": [{"class": "cat", "count": "two"}]}, "include.0.count is 'two'"),
+        ({"tag": "counting", "include": [{"class": "cat", "count": True}]}, "include.0.count is True"),
+        ({"tag": "counting", "include": [{"class": "cat", "count": 1}], "excluded": []}, "'exclude' is"),
+        ({"tag": "x", "include": [{"class": "cat", "count": 1}, {"class": "cat", "count": 2}]}, "class 'cat' twice"),
+        (
+            {"tag": "x", "include": [{"class": "cat", "count": 2}], "exclude": [{"class": "cat", "count": 2}]},
+            "exclude forbids 2 or more of 'cat', and include asks for 2",
+        ),
     ],
 )
 def test_metadata_that_are_not_genevals_are_refused_with_the_prompt_and_the_key(metadata: dict, said: str) -> None:
     with pytest.raises(ValueError, match=f"prompt 'a photo' has metadata .*{said}"):
         requirements("a photo", metadata)
+
+
+def test_a_table_may_have_no_value_in_a_column_and_other_columns() -> None:
+    found = requirements("a cat", {"tag": "x", "include": [{"class": "cat", "count": 1}], "exclude": None, "place": 3})
+    assert found.exclude == ()
 
 
 def test_verdicts_agree_with_the_authors_definitions_on_random_images() -> None:

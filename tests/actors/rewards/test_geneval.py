@@ -91,3 +91,5 @@ def test_prompts_are_checked_before_anything_is_sampled() -> None:
         reward.check_prompts([circle, Prompt("a cat")])
     with pytest.raises(ValueError, match=r"does not know \['cat'\]"):
         reward.check_prompts([Prompt("a cat", line({"class": "cat", "count": 1}))])
+    with pytest.raises(ValueError, match="prompt 'many' counts to 17, and reward.max_objects is 16"):
+        reward.check_prompts([Prompt("many", line({"class": "circle", "count": 17}))])

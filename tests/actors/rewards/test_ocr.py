@@ -113,6 +113,17 @@ def test_prompts_are_checked_before_anything_is_sampled() -> None:
     Ocr().check_prompts([Prompt('a "cat"')])
     with pytest.raises(ValueError, match="prompt 'a dog' has no words in double quotes"):
         Ocr().check_prompts([Prompt('a "cat"'), Prompt("a dog")])
+
+
+def test_quotes_that_are_not_closed_are_refused() -> None:
+    with pytest.raises(ValueError, match="has 3 double quotes, so that it is not clear which words are quoted"):
+        Ocr().check_prompts([Prompt('a 27" screen that says "HELLO"')])
+
+
+def test_letters_that_the_recognizer_does_not_know_are_refused() -> None:
+    Ocr().check_prompts([Prompt('a sign that says "CAFÉ Größe ½ 日本"')])
+    with pytest.raises(ValueError, match="has the letters вет in its quoted words, which the recognizer does not know"):
+        Ocr().check_prompts([Prompt('a sign that says "CAT"'), Prompt('a sign that says "ВЕТ"')])
     with pytest.raises(ValueError) as error:
         target("dogs " * 5000)
     assert len(str(error.value)) < 500

@@ -44,6 +44,8 @@ def test_version_1_5_gives_one_final_score() -> None:
         "Alignment Score (1-5): 4\nCoherence Score (1-5): 4",
         EXAMPLE.replace("2.8", "7.8"),
         EXAMPLE.replace("Style Score (1-5): 2.8", "Style Score (1-5): Z 2.8"),
+        EXAMPLE.replace("2.802500009536743", "3/10"),
+        EXAMPLE.replace("2.802500009536743", "3,5"),
         EXAMPLE + EXAMPLE.replace("2.69", "1.69"),
         FINAL,
     ],

@@ -151,7 +151,9 @@ def test_a_reply_that_is_not_of_the_protocol_is_an_error_that_shows_it(reply: by
 @pytest.mark.parametrize("fault", [(500, b"broken", {}), (503, b"", {}), hang_up, drip])
 def test_a_passing_fault_is_retried(fault: Answer) -> None:
     with scripted(fault, says("6")) as (url, script):
-        assert score(judge(url, timeout_seconds=0.5)) == [pytest.approx(0.6)]
+        loaded = judge(url, timeout_seconds=0.5)
+        assert score(loaded) == [pytest.approx(0.6)]
+        assert loaded.take_usage()["requests"] == 2, "a request that failed is one too"
     assert len(script.asked) == 2
 
 

@@ -151,6 +151,40 @@ def test_a_learner_of_one_expert_refuses_steps_of_the_other(tmp_path: Path) -> N
         learner.transition(torch.randn(1, *learner.latent_shape), torch.tensor([0]), rows)
 
 
+SAMPLING_OF_BOTH = SamplingTable(num_steps=7)
+IDLE: list[tuple[str, dict[str, Any]]] = [  # of 4 steps only the last, without noise, is of the expert for low noise
+    ("both", {"num_steps": 4}),
+    ("low_noise", {"num_steps": 4}),
+    ("both", {"num_steps": 7, "skip_first_steps": 4}),
+    ("both", {"num_steps": 7, "skip_last_steps": 2}),
+    ("both", {"num_steps": 7, "sde_window": 2, "skip_last_steps": 3}),
+    ("high_noise", {"num_steps": 7, "sde_window": 2, "skip_first_steps": 4, "skip_last_steps": 1}),
+]
+
+
+@pytest.mark.parametrize(("expert", "sampling"), IDLE)
+def test_an_expert_that_no_step_trains_is_refused(expert: str, sampling: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(("wan22", MAKERS["wan22"](tmp_path)), expert=expert)
+    with pytest.raises(ValueError, match=f'policy.expert is "{expert}", and the steps that can be trained on are'):
+        config.check_sampling(SamplingTable(**sampling))
+    config.check_sampling(SamplingTable(num_steps=4, deterministic=True) if expert == "both" else SAMPLING_OF_BOTH)
+
+
+def test_guidance_of_one_expert_without_that_of_the_other_is_refused() -> None:
+    config = config_of(("wan22", Path("someone/Wan2.2-tuned")), guidance_scale_2=3.0)
+    config.check_sampling(SamplingTable(num_steps=20, guidance_scale=2.0))
+    with pytest.raises(ValueError, match="policy.guidance_scale_2 is 3 and sampling.guidance_scale 1, with which no"):
+        config.check_sampling(SamplingTable(num_steps=20, guidance_scale=1.0))
+
+
+def test_a_folder_that_lacks_files_of_the_schedule_is_left_to_loading(tmp_path: Path) -> None:
+    settings = SamplingTable(num_steps=20)
+    for model in ("someone/Wan2.2-T2V-A14B-tuned", str(tmp_path)):
+        config = config_of(("wan22", Path(model)), expert="both")
+        config.check_sampling(settings)
+        assert config.stochastic_steps(settings) == 19
+
+
 FROM_IMAGE = [("wan_i2v", (16, 16), 3.0), ("wan_i2v", (32, 16), 1.0), ("wan22_i2v", (32, 16), 3.0)]
 FROM_IMAGE += [("wan_ti2v", (16, 16), 3.0), ("wan_ti2v", (16, 32), 1.0)]
 

@@ -53,6 +53,9 @@ def test_a_number_alone_is_read(text: str, number: float) -> None:
         "Score: inf",
         "x7",
         "7x",
+        "\N{MINUS SIGN}7",
+        "<5",
+        "~7",
         "Score: Score: 7 because of 2 dogs",
     ],
 )
@@ -91,6 +94,7 @@ def test_a_number_in_a_json_object_is_read() -> None:
         '{"score": -1}',
         '{"rating": 4}',
         '{"score": 4',
+        '{"score": 3, "score": 9}',
         '{"score": 4} and {"score": 5}',
         '```{"score": 4}``` ```{"score": 5}```',
         "[" * 100_000,
@@ -117,7 +121,15 @@ def test_the_probability_of_yes_is_its_share_of_both_words() -> None:
     assert yes_probability((("No", 0.0),)) == 0
 
 
-@pytest.mark.parametrize("candidates", [(), (("The", -0.1), ("Yes", -3.0), ("no", -3.5)), (("yes", -9999.0),)])
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        (),
+        (("The", -0.1), ("Yes", -3.0), ("no", -3.5)),
+        (("yes", -9999.0),),
+        *((("yes", log_prob), ("no", -1.0)) for log_prob in (1000.0, math.inf, math.nan)),
+    ],
+)
 def test_other_words_than_yes_and_no_are_no_score(candidates: tuple[tuple[str, float], ...]) -> None:
     with pytest.raises(UnreadableAnswer):
         yes_probability(candidates)
