@@ -81,6 +81,7 @@ def test_doctors_measurement_has_the_same_step(policy: DiffusersPolicy) -> None:
 DETERMINISTIC = {"sampling__num_steps": STEPS, "sampling__deterministic": "true", "learner__micro_batch_size": 4}
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("name", ["rwr", "rwr_sparse", "diffusion_nft"])
 def test_a_run_trains_on_deterministic_images_and_is_replayed(
     tables: dict, name: str, capsys: pytest.CaptureFixture
@@ -101,6 +102,7 @@ def test_a_run_trains_on_deterministic_images_and_is_replayed(
     assert cli.main(["replay", folder.location, "--round", "1"]) == 0, capsys.readouterr()
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     "keys",
     [

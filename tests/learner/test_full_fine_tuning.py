@@ -75,6 +75,7 @@ def test_a_sampler_keeps_float32_norms_because_norms_in_bfloat16_would_move_the_
     assert torch.equal(means[0], means[1]) and not torch.equal(means[0], means[2])
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("role", ["sampler", "learner"])
 def test_a_plan_counts_gradients_and_optimizer_state_for_the_learner_only(role: Role, tables: dict) -> None:
     components = components_with(tables, **FULL)

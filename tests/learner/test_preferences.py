@@ -158,6 +158,7 @@ def prepared(tables: dict, name: str, **keys: Any) -> tuple[Any, SampledRound]:
     return components, SampledRound(batch, sampled.trajectories)
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(("name", "sizes"), [("dpo", (4, 2, 1)), ("dgpo", (8, 4, 2))])
 def test_every_micro_batch_size_has_the_same_gradient(name: str, sizes: tuple[int, ...], tables: dict) -> None:
     """Groups are complete in the first micro-batches, and parted in the last."""

@@ -83,6 +83,7 @@ def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str
         resume_point(folder, components_with(tables, **{key: value}).resolved(), resume=True)
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -303,6 +303,7 @@ def gradient(policy: Policy, loss: Tensor) -> dict[str, np.ndarray]:
     return {name: each.grad.double().numpy().copy() for name, each in trained_parameters(policy.network).items()}
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("make", [save_tiny_pipeline, save_tiny_sd3, save_tiny_flux], ids=["sd", "sd3", "flux"])
 def test_losses_and_gradients_are_the_authors(make: Callable[[Path], Path], tmp_path: Path) -> None:
     assert_accepted("`grpo_guard` and `flow_dppo`")

@@ -92,6 +92,7 @@ def test_a_image_without_a_score_is_dropped_by_the_worker_and_never_scored() -> 
     assert "'dog'" in scores.dropped[1]
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
 def test_a_passing_fault_is_asked_again(status: int) -> None:
     with scripted((status, b"busy", {}), GOOD) as (url, script):
@@ -150,6 +151,7 @@ def hang_up(handler: Scripted) -> None:
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     ("answer", "words"),
     [

@@ -180,6 +180,7 @@ def test_the_papers_clip_range_of_cps_is_ours_over_twice_the_variance() -> None:
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image", "z_image", "flux2_klein", "sana", "digits:Digits"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ratio_is_exactly_one_and_bits_are_the_samplers(family: str, kind: str, tmp_path: Path) -> None:
