@@ -7,24 +7,29 @@ from types import FunctionType
 from typing import Any, ForwardRef, get_args, get_type_hints
 
 import jaxtyping
+from beartype import BeartypeConf, beartype
 
 OWN = jaxtyping.jaxtyped
+CHECKED = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
 def jaxtyped(fn: Any, typechecker: Callable) -> Any:
     """Decorate a function as jaxtyping does: names of axes are bound during a call, if it has any.
 
     jaxtyping's own decorator checks arguments twice and binds them in Python, a sixth of the time of all tests. It
-    stays for classes and for generators, whose values come after the call.
+    stays for classes, for generators, whose values come after the call, and for axes that name an argument's value.
     """
     if not isinstance(fn, FunctionType) or inspect.isgeneratorfunction(fn) or inspect.iscoroutinefunction(fn):
         return OWN(fn, typechecker=typechecker)
     written = fn.__annotations__
-    fn.__annotations__ = {name: resolved(each, fn.__globals__) for name, each in written.items()}
-    with_shapes = any(has_shapes(each) for each in fn.__annotations__.values())
-    checked = typechecker(fn)
+    annotations = {name: resolved(each, fn.__globals__) for name, each in written.items()}
+    shapes = [shape for each in annotations.values() for shape in shapes_of(each)]
+    if any("{" in shape for shape in shapes):
+        return OWN(fn, typechecker=typechecker)
+    fn.__annotations__ = annotations
+    checked = CHECKED(fn)
     checked.__annotations__ = fn.__annotations__ = written
-    if not with_shapes:
+    if not shapes:
         return checked
 
     @functools.wraps(fn)
@@ -35,10 +40,11 @@ def jaxtyped(fn: Any, typechecker: Callable) -> Any:
     return bound
 
 
-def has_shapes(annotation: Any) -> bool:
-    """Return whether jaxtyping's arrays are in an annotation."""
-    is_array = isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray)
-    return is_array or any(has_shapes(each) for each in get_args(annotation))
+def shapes_of(annotation: Any) -> list[str]:
+    """Return the shapes of jaxtyping's arrays in an annotation, as they are written."""
+    if isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray):
+        return [annotation.dim_str]
+    return [shape for each in get_args(annotation) for shape in shapes_of(each)]
 
 
 def resolved(annotation: Any, names: dict[str, Any]) -> Any:

@@ -56,6 +56,7 @@ def authors_dgpo(case: NoisedCase, beta: float, clip: float, kl: float) -> Tenso
     return loss + kl * to_reference.mean()
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize("beta", [2000.0, 100.0, 5.0])
 def test_loss_and_gradient_of_dpo_are_the_authors(case: NoisedCase, beta: float) -> None:
     batch = dataclasses.replace(case.batch, weights=SIGNS)

@@ -54,6 +54,7 @@ def test_a_run_without_a_checkpoint_begins_again(tables: dict) -> None:
     assert resume_point(begun(tables), components_with(tables).resolved(), resume=True) is None
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [

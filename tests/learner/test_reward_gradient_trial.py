@@ -156,6 +156,7 @@ def test_after_a_step_it_may_be_the_learning_rates(tables: dict) -> None:
         learner.update(taken.batch, *taken.trajectories)
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("margin", [-100.0, 1000.0])
 def test_a_margin_below_every_reward_is_said(
     margin: float, tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture

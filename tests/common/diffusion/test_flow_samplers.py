@@ -119,6 +119,7 @@ SAMPLING_ERROR = (4 / math.sqrt(20_000), 4 / math.sqrt(2 * 20_000))  # four stan
 DISCRETIZATION = (0.01, 0.03)  # of 150 steps
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize(
     ("kind", "level"), [("flow", 0.7), ("flow", 1.0), ("dance", 0.3), ("dance", 1.0), ("cps", small_angle(MANY))]
