@@ -9,6 +9,8 @@ QUICK := not system and not thorough and not same_bits and not parity and not co
 # Both sides of a Ray cluster must agree on token authentication.
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
+# Each worker and each program that a test starts imports the code: compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-words test test-all-cases test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study short-study edit-grey three-steps animal-reward guard held-out window saved-calls step-counts overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check configuration pretrain pretrain-words site verification clean video-motion
 

@@ -21,6 +21,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from moto.server import ThreadedMotoServer  # noqa: E402
 
+from tests import shape_checks  # noqa: E402
+
+shape_checks.install()  # before the program is imported
 from ray_ddpo.common.diffusion.memory.sizes_cache import sizes_cache  # noqa: E402
 from ray_ddpo.common.recipe.recipe import Recipe  # noqa: E402
 from tests.system.forked_workers import forked_workers, forking_process  # noqa: E402
@@ -33,6 +36,9 @@ os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(TOKEN_FOLDER.name) / "token")
 Path(os.environ["RAY_AUTH_TOKEN_PATH"]).write_text(secrets.token_hex(32))
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of counted sizes
     os.environ["RAY_DDPO_CACHE"] = str(Path(TOKEN_FOLDER.name) / "cache")
+MEMORY = Path("/dev/shm")  # where a file is synced at once: a disk takes 4 ms, of which a run has hundreds
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8e9:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 torch.set_num_threads(1)
 # A busy machine is no failure: no test depends on its own speed.
 hypothesis.settings.register_profile("any machine", deadline=None)
@@ -74,7 +80,8 @@ def waiting_cases(items: Iterable[pytest.Item], turn: int) -> set[pytest.Item]:
             cases.setdefault((test, bool(item.get_closest_marker("thorough"))), []).append(item)
     waiting: set[pytest.Item] = set()
     for each in cases.values():
-        (marker,) = each[0].iter_markers("rotated")
+        marker = each[0].get_closest_marker("rotated")  # a test's own before its file's
+        assert marker is not None
         every = min(marker.kwargs["every"], len(each))
         waiting.update(item for place, item in enumerate(each) if place % every != turn % every)
     return waiting

@@ -129,6 +129,7 @@ def beside_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_the_example_is_pretrained_trained_reported_and_sampled(
     train: str, beside_the_example: Path, capsys: pytest.CaptureFixture

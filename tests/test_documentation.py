@@ -70,6 +70,7 @@ def test_every_documented_make_target_exists() -> None:
 RECIPES = ROOT / "deploy" / "recipes"
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize("recipe", sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml")))
 def test_every_recipe_is_valid_and_documented(recipe: str) -> None:
     build_components(Recipe.load(RECIPES / recipe))

@@ -105,6 +105,7 @@ def test_every_module_that_a_page_names_exists(page: Path) -> None:
     assert [name for name in lost if not (ROOT / "ray_ddpo" / f"{name.partition('.')[2]}.py").exists()] == []
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_every_recipe_key_that_a_page_names_exists(page: Path) -> None:
     named = [key.split(".") for span in spans(page) for key in dotted_keys(span)]

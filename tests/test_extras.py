@@ -44,6 +44,7 @@ def ddpo(folder: Path, hidden: tuple[str, ...], *words: str) -> subprocess.Compl
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize(
     ("words", "hidden", "said"),
     [

@@ -57,6 +57,7 @@ def test_prompts_of_a_function_are_sampled_the_same_and_keep_their_metadata() ->
     assert all(prompt.metadata["colour"] in prompt.text for prompt in first.prompts)
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_the_images_do_not_depend_on_the_batch_size(batch_size: int, tiny_model: Path) -> None:
     policy = tiny_policy(tiny_model)

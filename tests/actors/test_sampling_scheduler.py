@@ -101,6 +101,7 @@ def taken_over(monkeypatch: pytest.MonkeyPatch) -> list[Place]:
     return found
 
 
+@pytest.mark.rotated(every=7)
 @pytest.mark.parametrize("seed", range(40))
 def test_every_task_is_sampled_once_whatever_happens_to_the_samplers(
     answers: Answers, taken_over: list[Place], seed: int

@@ -94,6 +94,7 @@ def answer(call: scoring._Call, how: str) -> Scores | list[Scores]:
     return scores if len(scores) > 1 else scores[0]
 
 
+@pytest.mark.rotated(every=7)
 @pytest.mark.parametrize("independent", [False, True])
 @pytest.mark.parametrize("seed", range(30))
 def test_every_task_is_scored_once_whatever_happens_to_the_reward_workers(

@@ -31,6 +31,7 @@ def noise_and_pattern(height: int, width: int) -> np.ndarray:
     return np.stack([noise, np.stack(pattern, -1).astype(np.uint8)])
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize(("height", "width"), SIZES + THIN)
 def test_images_of_any_size_equal_those_of_clips_own_processor(height: int, width: int) -> None:
     from transformers import CLIPImageProcessorPil

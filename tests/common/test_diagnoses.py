@@ -211,6 +211,7 @@ def test_it_says_from_where_to_where_and_what_to_change() -> None:
     assert watch.at_end() is None
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("images_per_prompt", [1, 8])
 @pytest.mark.parametrize("groups", [1, 2, 8, 64])
 def test_noise_and_different_prompts_are_no_collapse(groups: int, images_per_prompt: int) -> None:

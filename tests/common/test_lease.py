@@ -160,6 +160,7 @@ def test_a_living_owner_renews_its_lease(
         assert renewed(folder) and not held.lost
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("place", ["folder", "remote"])
 @pytest.mark.parametrize("how", ["taken", "removed"])
 def test_an_owner_notices_that_its_lease_is_no_longer_its_own_and_leaves_the_new_one(

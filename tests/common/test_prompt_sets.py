@@ -115,6 +115,7 @@ def test_a_published_set_is_fetched_as_jsonl_that_a_run_reads(
     assert "is there already: remove the file, or give another --output" in capsys.readouterr().err
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -16,6 +16,7 @@ def starts(rounds: int, **keys: object) -> list[int]:
     return [window_of_round(sampling, 3, each).start for each in range(rounds)]
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize(
     ("size", "stride", "rounds", "wraps", "decay"),
     [*product((2, 4), (1, 3, 4), (1, 5), (True, False), ((0.0, 0), (0.1, 13), (0.5, 2)))],

@@ -42,6 +42,7 @@ def test_no_shipped_prompt_is_cut(pipeline, name):
             assert len(pipeline.tokenizer(prompt.text).input_ids) <= pipeline.tokenizer.model_max_length
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("name", ["words", "shapes"])
 def test_test_prompts_are_right_often_and_not_always(pipeline, name):
     prompts = shipped_prompts(name, "test")[:: 3 if name == "words" else 2]

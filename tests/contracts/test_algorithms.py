@@ -20,6 +20,8 @@ from ray_ddpo.learner.algorithms.reward_gradient import RewardGradient
 from tests.restarts import with_reward
 from tests.tiny_policy import SAMPLING, scatter, tiny_policy
 
+pytestmark = pytest.mark.rotated(every=3)
+
 CORRECTED = {"ratio": "proximal", "importance_weight": 1e-3, "max_drift_nats": 1e6}
 CHOICES = [
     *({"name": name} for name in ALGORITHMS),

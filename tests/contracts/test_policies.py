@@ -180,6 +180,7 @@ def test_a_model_that_is_not_there_is_refused_without_loading_anything(config: P
         config.model_copy(update={"model": "/no/such/model"}).check()
 
 
+@pytest.mark.rotated(every=8)
 def test_sizes_are_those_of_the_policy_that_is_loaded(config: PolicyConfig, policy: Policy) -> None:
     sizes = config.sizes(SAMPLING)
     trained = sum(parameter.numel() for parameter in trained_parameters(policy.network).values())

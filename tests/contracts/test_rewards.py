@@ -25,6 +25,8 @@ from tests.tiny_clip import save_tiny_clip, save_tiny_head, save_tiny_open_clip
 from tests.tiny_qwen import save_tiny_hps_v3, save_tiny_qwen
 from tests.tiny_vlm import save_tiny_encoder, save_tiny_vlm
 
+pytestmark = pytest.mark.rotated(every=4)
+
 PROMPTS = ["cat", "dog", "horse", "cat"]
 METADATA: list[dict[str, Any]] = [{} for _ in PROMPTS]
 FOUR_CIRCLES = {"tag": "counting", "include": [{"class": "circle", "count": 4}]}

@@ -87,6 +87,7 @@ def test_every_tracker_is_read_back() -> None:
     assert {*READ_BACK, "ray"} == {*TRACKERS}
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("name", READ_BACK)
 def test_what_was_logged_can_be_read_back(
     name: str, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -30,7 +30,7 @@ from tests.tiny_families import (
 )
 from tests.tiny_policy import scatter
 
-pytestmark = pytest.mark.rotated(every=3)
+pytestmark = pytest.mark.rotated(every=5)
 
 SIZES = {"sana": (32, 32), "ltx": (32, 32), "sd3": (8, 16)}  # as the model, or not square; others: 16 × 16
 PACKAGES = {"wan_i2v": " ftfy imageio", "qwen_image_edit": " torchvision", "flux2_edit": " torchvision"}

@@ -87,6 +87,7 @@ def said(capsys: pytest.CaptureFixture[str], verb: str, run: Path) -> tuple[int,
     return exit_code, capsys.readouterr().err
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(("file", "verb"), [(file, verb) for file, verbs in READ for verb in verbs])
 def test_a_damaged_file_is_named(

@@ -47,6 +47,7 @@ def calls_while_sampling(policy: DiffusersPolicy, *args: Any) -> tuple[int, Any]
     return len(calls), sampled
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_training_images_are_the_deterministic_ones_with_no_more_network_calls(
     policy: DiffusersPolicy, way: dict[str, Any]
@@ -59,6 +60,7 @@ def test_training_images_are_the_deterministic_ones_with_no_more_network_calls(
     assert evaluation_window(sampling(deterministic=True, **way)) == range(0)
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_step_aside_proves_the_weights_as_a_stochastic_first_step_does(
     policy: DiffusersPolicy, way: dict[str, Any]
@@ -81,6 +83,7 @@ def test_doctors_measurement_has_the_same_step(policy: DiffusersPolicy) -> None:
 DETERMINISTIC = {"sampling__num_steps": STEPS, "sampling__deterministic": "true", "learner__micro_batch_size": 4}
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("name", ["rwr", "rwr_sparse", "diffusion_nft"])
 def test_a_run_trains_on_deterministic_images_and_is_replayed(
     tables: dict, name: str, capsys: pytest.CaptureFixture
@@ -101,6 +104,7 @@ def test_a_run_trains_on_deterministic_images_and_is_replayed(
     assert cli.main(["replay", folder.location, "--round", "1"]) == 0, capsys.readouterr()
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     "keys",
     [

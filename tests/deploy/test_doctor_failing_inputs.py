@@ -171,6 +171,7 @@ def test_a_model_of_the_hub_without_network_is_a_fault(
     assert_documented("`ddpo doctor`: a model of the hub, without network", exit_code, printed)
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize(
     "words",
     [

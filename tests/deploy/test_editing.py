@@ -131,6 +131,7 @@ def test_tables_and_categories_tell_images_of_one_text_apart(run: Path) -> None:
     assert [category(Prompt("a", {"tag": tag})) for tag in (None, "", 3)] == ["all", "", "3"]
 
 
+@pytest.mark.rotated(every=3, group="resumed")
 def test_a_stopped_run_resumes_to_the_same_bits_and_refuses_other_images(tables: dict, tmp_path: Path) -> None:
     from tests.system.conftest import final_fingerprint
 

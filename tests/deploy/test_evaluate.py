@@ -87,6 +87,7 @@ def _change(folder: Path, run: Path) -> float:
     return figures_in(folder)["weights"][str(run)]["jpeg_compressibility"]["change"]
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize(
     ("named", "says"),
     [

@@ -55,6 +55,7 @@ def metrics(output: Path) -> dict:
     return json.loads((output / "metrics.json").read_text())
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("head", ["linear", "mlp", pytest.param("mlp-relu", marks=pytest.mark.thorough)])
 def test_a_known_taste_is_recovered_on_images_that_were_not_fitted_on(
     rated: tuple[Path, dict[str, float]], table: Path, clip: Path, tmp_path: Path, head: str

@@ -47,6 +47,7 @@ def printed(tables: dict, folder: Path, capfd: pytest.CaptureFixture[str], *opti
     return exit_code, capfd.readouterr().err
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     ("situation", "changes"),
     [

@@ -160,6 +160,7 @@ REFUSED: dict[str, Callable[[StableDiffusionPipeline, Path], Path]] = {
 }
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize("situation", REFUSED)
 def test_what_does_not_fit_is_refused_by_name(
     situation: str, home: Path, pipeline: StableDiffusionPipeline, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -184,6 +185,7 @@ START_REFUSED: dict[str, tuple[Callable[[StableDiffusionPipeline, str, Path], Pa
 }
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize("situation", START_REFUSED)
 def test_a_lora_that_training_cannot_begin_with_is_refused_by_its_key(
     situation: str, home: Path, pipeline: StableDiffusionPipeline, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -39,6 +39,7 @@ def trained(tables: dict, **how: Any) -> tuple[dict[str, float], str]:
     return metrics, load_checkpoint(newest).learner.trained.fingerprint
 
 
+@pytest.mark.rotated(every=3, group="resumed")
 @pytest.mark.parametrize("family", ["stable_diffusion", "sd3"])
 def test_a_run_trains_and_resumes_with_the_same_bits(family: str, offline: dict, tmp_path: Path) -> None:
     if family == "sd3":

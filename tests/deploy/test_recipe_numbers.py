@@ -80,6 +80,7 @@ def accepted(tables: dict[str, Any], place: Place, value: Any) -> Recipe | None:
     return recipe
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mistyped_number_is_refused_with_its_key_or_is_of_a_size_that_a_run_can_use(name: str) -> None:
     places = list(number_keys(Recipe, BASES[name]))

@@ -68,7 +68,7 @@ def test_attempts_end_with_the_groups_that_there_are(refilled: dict) -> None:
     assert metrics["optimizer_steps"] == 0
 
 
-@pytest.mark.rotated(every=2, group="longest")
+@pytest.mark.rotated(every=3, group="resumed")
 def test_a_resumed_run_has_the_same_bits(refilled: dict) -> None:
     refilled |= {"rounds": 3, "checkpoint": {"every": 1}, "max_policy_lag": 1}
     _, whole = trained(refilled)
@@ -94,6 +94,7 @@ def test_replay_and_preferences_know_the_further_groups(
     assert f"{tmp_path / 'pairs.parquet'}: 8 pairs of" in capsys.readouterr().out  # four of each round
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("algorithm", [{"name": "dpo", "beta": 10.0, "refill": 20}, {"name": "sft", "refill": 20}])
 def test_losses_on_noised_samples_refill_too(refilled: dict, algorithm: dict) -> None:
     refilled["algorithm"] = algorithm

@@ -94,9 +94,11 @@ def test_the_learner_keeps_the_versions_of_replayed_rounds(replaying: dict) -> N
     assert [each.policy_version for each in learner.weights()] == [2, 3, 4, 5]
 
 
+@pytest.mark.rotated(every=3, group="resumed")
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_resumed_run_has_the_same_bits(replaying: dict, lag: int) -> None:
     replaying |= {"rounds": 4, "checkpoint": {"every": 1}, "max_policy_lag": lag}
+    replaying["sampling"] |= {"num_steps": 2}
     metrics, whole = trained(replaying)
     assert metrics["optimizer_steps"] == 6 and metrics["images"] == 8
     trained({**replaying, "name": "parted", "rounds": 3})

@@ -86,6 +86,7 @@ def test_the_report_says_what_changed(run: Path, capsys: pytest.CaptureFixture) 
     assert len(np.unique(np.asarray(Image.open(run / "report" / "before_after.png")))) > 50
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_page_tells_of_every_reward_and_of_the_rows_that_were_kept(tables: dict, keep: bool) -> None:
     del tables["reward"]

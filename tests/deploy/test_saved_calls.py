@@ -61,6 +61,7 @@ def test_halves_of_a_group_begin_their_window_at_the_same_bits(tables: dict) -> 
     assert not torch.equal(first.final_latents, second.final_latents)
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("more", [{}, {"sampling__solver": "dpmsolver++"}, {"sampling__cache_interval": 2}], ids=str)
 def test_tasks_have_the_same_bits_on_one_sampler_and_on_two(tables: dict, more: dict) -> None:
     components = components_with(tables, **BRANCHED, **more)
@@ -108,6 +109,7 @@ def _rewrite(path: Path, rows: list[dict], schema: Any) -> None:
     parquet.write_table(table, path)
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("more", [{}, {"sampling__solver": "dpmsolver++"}, {"sampling__cache_interval": 2}], ids=str)
 def test_a_round_with_a_window_is_replayed(tables: dict, more: dict, capsys: pytest.CaptureFixture) -> None:
     recipe, folder = run_of(tables, **WINDOW, **more)
@@ -116,6 +118,7 @@ def test_a_round_with_a_window_is_replayed(tables: dict, more: dict, capsys: pyt
     assert cli.main(["replay", folder.location, "--round", "1"]) == 0, capsys.readouterr().out
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("more", [{"sampling__solver": "dpmsolver++"}, {"sampling__cache_interval": 2}], ids=str)
 @pytest.mark.parametrize("name", ["rwr", "diffusion_nft"])
 def test_an_algorithm_without_log_probs_takes_fast_steps_without_a_window(tables: dict, name: str, more: dict) -> None:

@@ -96,6 +96,7 @@ def test_a_round_with_lists_of_images_is_sampled_again_with_the_same_bits(run: P
     assert "all 8 images are equal" in capsys.readouterr().out
 
 
+@pytest.mark.rotated(every=3, group="resumed")
 def test_a_stopped_run_resumes_to_the_same_bits_and_refuses_another_image_of_a_list(run: Path, tmp_path: Path) -> None:
     tables = several_tables(tmp_path, max_input_images=3)
     whole = final_fingerprint(Recipe.parse({**tables, "name": "whole"}), serial=True)

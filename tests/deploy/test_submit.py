@@ -93,6 +93,7 @@ def test_what_is_submitted_is_a_command_that_ddpo_takes(record: Path) -> None:
     assert (recipe.run_path(), recipe.learner.num_gpus) == ("/shared/runs/demo", 0.9)
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_metadata_is_what_the_recipe_says(recipe: str, record: Path) -> None:
     metadata, loaded = metadata_of(submit(record, recipe, "/shared/runs/")), Recipe.load(ROOT / recipe)

@@ -68,6 +68,7 @@ def pairs_of(values: np.ndarray, pixels: list[bytes]) -> list[tuple[bytes, bytes
     return found
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else IN_TURNS) for name in RUNS])
 def test_the_pairs_of_a_file_are_those_that_the_run_was_trained_on(name: str, tiny_model: Path, tmp_path: Path) -> None:
     """The ledger's advantages are +1 and −1 for a pair with `dpo`, and the aggregated advantages with `dgpo`."""

@@ -72,6 +72,7 @@ def called(home: Path, verb: str, capsys: pytest.CaptureFixture, *words: str) ->
     return code, "".join(capsys.readouterr())
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     ("part", "verbs"),
     [
@@ -103,6 +104,7 @@ def test_another_schedule_or_tokenizer_is_refused_too(home: Path, capsys: pytest
         assert code == 2 and f"policy.model/{name.partition('/')[0]} was " in printed
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     ("file", "part", "verbs"),
     [

@@ -64,6 +64,7 @@ RESUMED = [  # one of each kind always; the others share its lines
 ]
 
 
+@pytest.mark.rotated(every=3, group="resumed")
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_that_resumes_from_its_checkpoint_arrives_at_the_same_bits(
     name: str, tables: dict, tmp_path: Path
@@ -79,7 +80,7 @@ def test_a_run_that_resumes_from_its_checkpoint_arrives_at_the_same_bits(
     assert [each.weights[-1].fingerprint for each in ends] == [ends[0].weights[-1].fingerprint] * 2
 
 
-@pytest.mark.rotated(every=3)
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "ddpo_sf"])
 def test_at_a_lag_every_algorithm_trains_on_data_of_an_older_version(name: str, tables: dict) -> None:
     components = of(tables, name, max_policy_lag=1)

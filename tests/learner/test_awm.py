@@ -53,6 +53,7 @@ def authors_loss(case: NoisedCase, weighting: str, clip: float, kl: float, ema_k
     return (policy_loss + kl * to_reference + ema_kl * to_average).mean()
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_loss_and_gradient_are_the_authors(case: NoisedCase, weighting: str) -> None:
     keys = {"clip_range": 1.0, "kl_coef": 1e-3, "behavior_kl_coef": 1.0}

@@ -93,7 +93,7 @@ def test_one_without_a_manifest_was_never_committed(folder: Storage) -> None:
     assert newest_name(folder) == older.name
 
 
-@pytest.mark.rotated(every=3)
+@pytest.mark.rotated(every=7)
 @pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "weights-000002.safetensors", MANIFEST])
 @pytest.mark.parametrize("damage", ["changed", "cut off", "emptied", "gone"])
 def test_one_with_a_file_changed_cut_off_or_gone_is_passed_over(name: str, damage: str, folder: Storage) -> None:

@@ -88,6 +88,7 @@ def rubbish(path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize(
     ("redone", "shard_bytes"),
     [

@@ -62,6 +62,7 @@ def test_a_given_micro_batch_size_decides(tables: dict, monkeypatch: pytest.Monk
     assert is_on(learner_of(components)) and learner_of(components).state().micro_batch_size == 2
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_round_is_learned_to_the_same_bits_either_way(
     dtype: str, tables: dict, monkeypatch: pytest.MonkeyPatch

@@ -60,6 +60,7 @@ def test_a_sampler_compiles_for_a_tasks_rows_while_it_starts(
     assert len(calls) == 2 and capsys.readouterr().out == ""
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("algorithm", ["ddpo_is", "diffusion_nft"])
 def test_a_learner_compiles_both_gradient_modes_while_it_starts(
     algorithm: str, tables: dict, calls: list[tuple[int, bool]], capsys: pytest.CaptureFixture[str]

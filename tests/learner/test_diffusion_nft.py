@@ -72,6 +72,7 @@ def gradient(policy: Policy, loss: Tensor) -> dict[str, np.ndarray]:
     return {name: each.grad.double().numpy().copy() for name, each in trained_parameters(policy.network).items()}
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("beta", [1.0, 0.1])
 @pytest.mark.parametrize("make", [save_tiny_sd3, save_tiny_flux], ids=["sd3", "flux"])
 def test_loss_and_gradient_are_the_authors_on_flow_models(

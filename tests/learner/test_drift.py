@@ -10,6 +10,7 @@ from ray_ddpo.learner.round_data.transitions import indices_of, optimizer_steps,
 from tests.rounds import components_with, learner_of, sample_round
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize(
     ("size", "images", "batches"),
     [(8, 2, [8]), (7, 1, [4]), (4, 1, [4]), (3, 1, [3, 1])],

@@ -47,6 +47,7 @@ def plain_update(components: Components, sampled: SampledRound) -> str:
     return read_weights(policy.network, 1).fingerprint
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("inner_epochs", [1, 2])
 def test_a_round_without_any_is_the_plain_update_to_the_last_bit(inner_epochs: int, tables: dict) -> None:
     components = components_with(tables, learner__inner_epochs=inner_epochs)

@@ -58,6 +58,7 @@ def test_with_advantages_of_0_no_optimizer_step_is_made(tables: dict) -> None:
     assert metrics["optimizer_steps"] == metrics["optimizer_steps_skipped"] == 2 and metrics["ratio/max"] > 0
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     ("algorithm", "advantage"),
     [({"name": "ddpo_is", "kl_coef": 0.1}, 0.0), ({"name": "rwr"}, 1.0)],

@@ -42,6 +42,7 @@ def test_in_bfloat16_weights_gradients_and_optimizer_state_are_float32(optimizer
     assert kept > 0.5
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("micro_batch_size", [4, 16])
 def test_in_bfloat16_sampler_and_learner_compute_the_same(micro_batch_size: int, tables: dict) -> None:
     values = {**HALF, "sampling__batch_size": 8, "sampling__batches_per_round": 1, "learner__batch_size": 8}
@@ -75,6 +76,7 @@ def test_a_sampler_keeps_float32_norms_because_norms_in_bfloat16_would_move_the_
     assert torch.equal(means[0], means[1]) and not torch.equal(means[0], means[2])
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("role", ["sampler", "learner"])
 def test_a_plan_counts_gradients_and_optimizer_state_for_the_learner_only(role: Role, tables: dict) -> None:
     components = components_with(tables, **FULL)

@@ -124,6 +124,7 @@ def test_only_gated_images_have_a_kl_and_it_is_to_the_moving_reference(gardo: di
     assert found["none"] == found["without"] and len({found["none"], found["all"], found["one"]}) == 3
 
 
+@pytest.mark.rotated(every=3, group="resumed")
 @pytest.mark.parametrize(
     ("keys", "versions"), [({"reset_rounds": 2, "reset_kl": 0}, [0, 0, 2, 2]), ({"reset_kl": 1e-12}, [0, 1, 2, 3])]
 )

@@ -18,6 +18,7 @@ def replayed(components: Components) -> tuple[Learner, Counted]:
     return learner, recorders
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     ("algorithm", "keys"),
     [

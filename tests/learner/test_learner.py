@@ -63,6 +63,7 @@ def test_the_second_update_on_stale_data_has_the_references_ratios_and_gradient(
     assert error < 1e-4
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     ("shifts", "timestep_fraction"),
     [([0.0], 1.0), (SHIFTS, 1.0), (SHIFTS, 0.5)],
@@ -91,6 +92,7 @@ def test_the_gradient_of_an_update_is_the_papers_taken_transition_by_transition(
 
 
 # Batches of other sizes run other kernels, whose rounding the last step's small deviation magnifies.
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 16])
 def test_the_micro_batch_size_does_not_change_the_update(micro_batch_size: int, tables: dict) -> None:
     components = components_with(tables, **ONE_STEP)
@@ -165,6 +167,7 @@ def test_the_norm_of_the_gradient_is_limited(tables: dict) -> None:
     assert relative_error({name: value * 4 for name, value in held.items()}, free) < 1e-4
 
 
+@pytest.mark.rotated(every=3, group="resumed")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_learner_that_resumes_from_a_state_arrives_at_the_same_bits(dtype: str, tables: dict) -> None:
     components = components_with(tables, max_policy_lag=1, policy__dtype=dtype, sampling__num_steps=2)

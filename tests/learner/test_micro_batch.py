@@ -91,6 +91,7 @@ def test_a_number_that_is_given_stays_whatever_the_state_says(tables: dict) -> N
     assert learner.state().micro_batch_size == 4
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     "algorithm", [{"name": "ddpo_is"}, {"name": "ddpo_is", "kl_coef": 0.1}, {"name": "diffusion_nft"}], ids=str
 )

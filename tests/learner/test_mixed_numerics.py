@@ -45,6 +45,7 @@ def test_the_samplers_rounding_changes_no_proximal_ratio(tables: dict) -> None:
     assert state.weights[-1].fingerprint != sampled.batch.reports[0].fingerprint
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("lag", [0, 1])
 def test_no_rounding_ends_a_run_and_weights_that_did_not_arrive_do(lag: int, tables: dict) -> None:
     """The tolerance is far below rounding in half precision: equal numerics are compared."""

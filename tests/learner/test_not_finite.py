@@ -55,6 +55,7 @@ def is_finite(arrays: dict[str, np.ndarray]) -> bool:
     return all(np.isfinite(array).all() for array in arrays.values())
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_whose_gradient_is_not_finite_is_not_applied(mode: str, tables: dict) -> None:
     components = components_with(tables, learner__batch_size=2, **MODES[mode])

@@ -119,6 +119,7 @@ def test_a_part_whose_images_are_all_dropped_moves_nothing(components: Component
     assert np.isnan(metrics["kl_nats"]) and np.isfinite(after.weights[-1].buffer).all()
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("which", ["the last one first", "the first one twice", "the last one begun"])
 def test_parts_out_of_order_are_our_own_error(components: Components, which: str) -> None:
     learner = learner_of(components)

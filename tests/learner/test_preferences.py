@@ -56,6 +56,7 @@ def authors_dgpo(case: NoisedCase, beta: float, clip: float, kl: float) -> Tenso
     return loss + kl * to_reference.mean()
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize("beta", [2000.0, 100.0, 5.0])
 def test_loss_and_gradient_of_dpo_are_the_authors(case: NoisedCase, beta: float) -> None:
     batch = dataclasses.replace(case.batch, weights=SIGNS)
@@ -158,6 +159,7 @@ def prepared(tables: dict, name: str, **keys: Any) -> tuple[Any, SampledRound]:
     return components, SampledRound(batch, sampled.trajectories)
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(("name", "sizes"), [("dpo", (4, 2, 1)), ("dgpo", (8, 4, 2))])
 def test_every_micro_batch_size_has_the_same_gradient(name: str, sizes: tuple[int, ...], tables: dict) -> None:
     """Groups are complete in the first micro-batches, and parted in the last."""

@@ -54,6 +54,7 @@ def test_a_run_without_a_checkpoint_begins_again(tables: dict) -> None:
     assert resume_point(begun(tables), components_with(tables).resolved(), resume=True) is None
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
@@ -83,6 +84,7 @@ def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str
         resume_point(folder, components_with(tables, **{key: value}).resolved(), resume=True)
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize(
     ("key", "value"),
     [

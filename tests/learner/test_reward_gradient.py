@@ -51,6 +51,7 @@ def gradients(policy, loss: torch.Tensor) -> dict[str, np.ndarray]:
     return {name: each.grad.double().numpy().copy() for name, each in trained_parameters(policy.network).items()}
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize(
     ("algorithm", "steps"),
     [(DRaFT(), 1), (DRaFT(), 2), (DRaFT(), 3), (ReFL(margin=2.0), 2)],
@@ -79,6 +80,7 @@ def test_the_gradient_is_that_of_finite_differences_through_three_steps(
         assert expected != 0 and found == pytest.approx(expected, rel=1e-6), steps
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize(
     ("steps", "window"), [(1, None), (3, range(1, 2)), (4, None), ((1, 4), None), ((1, 4), range(3, 4))]
 )
@@ -120,6 +122,7 @@ def test_refl_is_the_papers_single_prediction_with_a_margin(tiny_model: Path) ->
     assert not flat.loss.any() and not any(gradient.any() for gradient in gradients(policy, flat.loss).values())
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     ("algorithm", "steps", "window"),
     [
@@ -205,6 +208,7 @@ def test_draft_lv_denoises_its_own_image_with_other_noise(tables: dict) -> None:
         components_with({**changed, "sampling": {**changed["sampling"], "backprop_steps": 2}})
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("name", ["alignprop", "draft", "refl"])
 def test_flow_models_take_their_deterministic_last_step_too(name: str, tables: dict, tmp_path: Path) -> None:
     changed = gradient_tables(tables, name, backprop_steps=(1, 2), guidance_scale=1.0)
@@ -238,6 +242,7 @@ def test_recomputing_activations_keeps_the_bits_and_saves_memory(tiny_model: Pat
     assert peaks[1] < peaks[0] / 2
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize(
     ("steps", "latents_dtype"),
     [({}, "float32"), ({"sde_window": 1}, "float16"), ({}, "bfloat16"), ({"deterministic": True}, "float32")],
@@ -306,6 +311,7 @@ def test_what_cannot_work_is_refused_at_the_start(changes: dict, words: str, tab
         components_with({**gradient_tables(tables), **changes})
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("recompute", [True, False])
 def test_the_predicted_memory_is_that_of_a_counted_step(recompute: bool, tables: dict) -> None:
     changed = gradient_tables(tables, backprop_steps=4)

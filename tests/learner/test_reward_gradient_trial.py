@@ -47,6 +47,7 @@ def test_a_reward_with_a_gradient_is_taken(path: str, tables: dict) -> None:
 ALLOWED = r"expected a tensor of shape \(4,\) of finite floating numbers with a gradient"
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize(
     ("path", "came"),
     [
@@ -87,6 +88,7 @@ def test_the_doctor_tries_it(tables: dict) -> None:
     assert len(score_again(recipe, sample_some(recipe)).comparisons)
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("sampling", [{}, {"deterministic": True}, {"sde_window": 1}], ids=str)
 def test_the_doctor_restarts_the_samplers_images(sampling: dict, tables: dict) -> None:
     tables = own_tables(tables, "redness")
@@ -154,6 +156,7 @@ def test_after_a_step_it_may_be_the_learning_rates(tables: dict) -> None:
         learner.update(taken.batch, *taken.trajectories)
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("margin", [-100.0, 1000.0])
 def test_a_margin_below_every_reward_is_said(
     margin: float, tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture

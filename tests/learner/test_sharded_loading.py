@@ -136,6 +136,7 @@ def test_a_file_with_other_names_is_loaded_whole(models: dict[str, Path], tmp_pa
         assert not may_leave_unread() and loads_on_host(), "a user's own family may compute with its weights"
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("rank", [0, 2], indirect=True)
 @pytest.mark.parametrize(
     ("family", "keys"),

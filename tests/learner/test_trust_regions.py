@@ -166,6 +166,7 @@ def test_a_held_ratio_that_overflows_has_no_gradient() -> None:
     assert logs.grad.tolist() == [0.0, -1.0]
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(("name", "lag"), [("grpo_guard", 0), ("grpo_guard", 1), ("flow_dppo", 0)])
 def test_the_ratio_is_exactly_1_on_the_current_policys_data(name: str, lag: int, tables: dict) -> None:
     """Check that the loss of the first optimizer step is minus the mean advantage, to the last bit of its parts."""
@@ -303,6 +304,7 @@ def gradient(policy: Policy, loss: Tensor) -> dict[str, np.ndarray]:
     return {name: each.grad.double().numpy().copy() for name, each in trained_parameters(policy.network).items()}
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("make", [save_tiny_pipeline, save_tiny_sd3, save_tiny_flux], ids=["sd", "sd3", "flux"])
 def test_losses_and_gradients_are_the_authors(make: Callable[[Path], Path], tmp_path: Path) -> None:
     assert_accepted("`grpo_guard` and `flow_dppo`")

@@ -38,6 +38,7 @@ def silently_drawn_with(other: PolicyWeights, components: Components, claimed: P
     return SampledRound(sampled.with_reports(fingerprint=claimed.fingerprint), sampled.trajectories)
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("lag", [0, 1, 2])
 def test_weights_that_did_not_arrive_are_found_and_the_learner_is_unchanged(lag: int, tables: dict) -> None:
     components = components_with(tables, max_policy_lag=lag)
@@ -59,6 +60,7 @@ def assert_same_bits(learner: Learner, before) -> None:
     assert all(np.array_equal(value, before.optimizer[name]) for name, value in after.optimizer.items())
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("lag", [1, 2])
 def test_a_sampler_that_stayed_on_the_newest_version_or_the_one_before_is_found(lag: int, tables: dict) -> None:
     components = components_with(tables, max_policy_lag=lag)
@@ -80,6 +82,7 @@ def test_one_task_of_a_round_is_enough_to_be_found(tables: dict) -> None:
         learner.update(right.batch, right.trajectories[0], wrong.trajectories[1])
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize(
     ("micro_batch_size", "lag"),
     [(8, 0), (8, 1), (8, 2), (1, 0), *(pytest.param(1, lag, marks=pytest.mark.thorough) for lag in (1, 2))],

@@ -38,6 +38,7 @@ def test_a_reward_that_raises_for_every_image_ends_the_run_at_once(
     assert seconds < LONGEST_SECONDS
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     ("function", "situation"),
     [
@@ -69,6 +70,7 @@ def test_a_reward_that_breaks_later_ends_the_run_so_that_it_can_go_on(
     assert exit_code == 0 and "round 2/2" in printed and "round 1/2" not in printed
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize(
     ("path", "situation"),
     [

@@ -68,6 +68,7 @@ def resumes_to_the_same_bits(tables: dict, recipe: Recipe) -> None:
     assert resumed == final_fingerprint(Recipe.parse({**tables, "rounds": rounds, "name": "calm"}), serial=True)
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     ("situation", "act", "exit_code", "commits"),
     [

@@ -27,6 +27,7 @@ def typed(tables: dict[str, Any], folder: Path, *words: str) -> int:
 
 
 @pytest.mark.system
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("how", [(), ("--serial",)])
 def test_a_role_with_another_file_than_the_others_is_refused_by_name(
     tables: dict, tmp_path: Path, how: tuple[str, ...], cluster: None, capsys: pytest.CaptureFixture

@@ -11,6 +11,7 @@ from tests.system.disturbances import beside, kill_a_worker_each_round
 pytestmark = pytest.mark.system
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("name", ["alignprop", "draft_lv", "refl"])
 def test_a_disturbed_run_ends_with_the_weights_of_a_calm_one(name: str, tables: dict) -> None:
     backprop = {"alignprop": [1, 4], "draft_lv": 1, "refl": [1, 3]}[name]

@@ -276,16 +276,20 @@ class DiffusersConfig(PolicyConfig):
         with library_errors(self.model, NOT_MADE):
             self.check()
             configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}
+            files, is_own = configuration_files(self), bool(self.user_modules())
+            keys = self.model_dump_json(
+                exclude={"model"} if files and not is_own else None
+            )  # a copy has the same sizes
+            read = json.dumps([configs, files], sort_keys=True, default=dict)
+            model = f"{type(self).__module__}:{type(self).__qualname__}\n{keys}\n{read}"
 
             def count() -> PolicySizes:
                 check_steps(self, sampling)
-                return model_sizes(self, configs, sampling, device)
+                return model_sizes(self, configs, model, sampling, device)
 
-            if self.user_modules():  # a user's code may change between two calls
+            if is_own:  # a user's code may change between two calls
                 return count()
-            files = json.dumps([configs, configuration_files(self)], sort_keys=True, default=dict)
-            key = [type(self).__qualname__, self.model_dump_json(), files, sampling.model_dump_json(), device]
-            return cached_sizes("\n".join(key), count)
+            return cached_sizes(f"{model}\n{sampling.model_dump_json()}\n{device}", count)
 
     def load(self, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:
         quiet_libraries()

@@ -1,5 +1,6 @@
 """The sizes of a diffusers model, from its configuration files. Nothing is loaded."""
 
+import copy
 import functools
 import json
 import math
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 
 Configs = dict[str, dict[str, Any]]  # part name → its configuration
-_counted: dict[tuple[str, str, int, str], PolicySizes] = {}  # by class and keys, configurations, branches and device
+_counted: dict[tuple[str, int, str], PolicySizes] = {}  # by model, branches and device
 
 
 def read_config(model: str, folder: Path, published: dict[str, Configs], part: str) -> dict[str, Any]:
@@ -44,16 +45,18 @@ def read_config(model: str, folder: Path, published: dict[str, Configs], part: s
 
 
 def model_sizes(
-    config: "DiffusersConfig", configs: Configs, sampling: SamplingTable, device: DeviceKind
+    config: "DiffusersConfig", configs: Configs, model: str, sampling: SamplingTable, device: DeviceKind
 ) -> PolicySizes:
-    """Build every part on the meta device and count. `configs` has one configuration per part."""
+    """Build every part on the meta device and count. `configs` has one configuration per part.
+
+    `model` is the class with its keys and configurations, as text: what was counted for it before is returned again.
+    """
     # Guidance scale and number of steps do not change a step's memory, so count once and cache.
-    keys = f"{type(config).__module__}:{type(config).__qualname__} {config.model_dump_json()}"
-    key = (keys, json.dumps(configs, sort_keys=True), config.branches(sampling), device)
+    key = (model, config.branches(sampling), device)
     if key not in _counted:
         alike = SamplingTable(guidance_scale=2.0 if config.branches(sampling) == 2 else 0.0)
         with RepeatedOperations():
-            _counted[key] = _count(config, json.loads(key[1]), alike, device)
+            _counted[key] = _count(config, copy.deepcopy(configs), alike, device)
     sizes = _counted[key]
     trajectory = (sampling.num_steps + 1) * math.prod(sizes.latent_shape)  # elements per image
     stored = DTYPES[sampling.latents_dtype].itemsize

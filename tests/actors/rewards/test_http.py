@@ -65,6 +65,7 @@ def test_a_long_prompt_and_a_foreign_one_pass_the_shipped_service() -> None:
         assert reward(IMAGES[:2], ["c" * 10_000, "猫🐈"], METADATA[:2]).tolist() == [10_001, 4]
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (4096, 4096)])
 def test_the_smallest_and_the_largest_image_pass(size: tuple[int, int]) -> None:
     image = np.full((1, *size, 3), 7, np.uint8)
@@ -92,6 +93,7 @@ def test_a_image_without_a_score_is_dropped_by_the_worker_and_never_scored() -> 
     assert "'dog'" in scores.dropped[1]
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
 def test_a_passing_fault_is_asked_again(status: int) -> None:
     with scripted((status, b"busy", {}), GOOD) as (url, script):
@@ -150,6 +152,7 @@ def hang_up(handler: Scripted) -> None:
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
@@ -202,6 +205,7 @@ def test_a_service_that_goes_down_and_comes_back_between_batches_is_found_again(
         assert reward(IMAGES, PROMPTS, METADATA).tolist() == first.tolist()
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize(
     "reply",
     [

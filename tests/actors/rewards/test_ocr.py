@@ -78,6 +78,7 @@ def test_the_strict_score_needs_the_text_and_nothing_else() -> None:
     assert [is_same(text, "cat") for text in ("C A T", "cats", "")] == [1, 0, 0]
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("side", [64, 200])
 def test_rendered_words_are_read_at_every_size(side: int) -> None:
     images = signs("OPEN", "Coffee", "Hello World", side=side)

@@ -148,6 +148,7 @@ def test_a_reply_that_is_not_of_the_protocol_is_an_error_that_shows_it(reply: by
     assert repr(reply.decode())[:100] in str(error.value)
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("fault", [(500, b"broken", {}), (503, b"", {}), hang_up, drip])
 def test_a_passing_fault_is_retried(fault: Answer) -> None:
     with scripted(fault, says("6")) as (url, script):

@@ -99,6 +99,7 @@ def test_a_published_schedule_gives_the_steps_of_diffusers_ddim(model: str, num_
     assert_accepted("the schedulers of Stable Diffusion 1.5, 2.1 and XL as they were published")
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize("name", [name for name in AVAILABLE if "DDIM" not in name and "DDPM" not in name])
 def test_a_solver_without_clip_sample_is_taken_over_with_its_betas(name: str) -> None:
     for keys in ({}, {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}):

@@ -59,6 +59,7 @@ def test_a_row_has_the_same_bits_in_a_padded_batch_as_in_a_full_one(compiled: Co
         assert torch.equal(compiled(**inputs(count)), whole[:count])
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("count", [3, 7])
 def test_padding_rows_have_no_part_in_the_gradient(network: Small, compiled: CompiledNetwork, count: int) -> None:
     gradients = []

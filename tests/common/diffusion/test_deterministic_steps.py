@@ -100,6 +100,7 @@ def test_the_windows_steps_are_the_networks_own_to_the_last_bit(
     assert not torch.equal(sampled.latents, plain.latents), "other deterministic steps lead to other latents"
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("changes", [{"cache_interval": 2}, {"solver": "dpmsolver++"}], ids=str)
 def test_bits_depend_neither_on_earlier_tasks_nor_on_batch_mates(
     policy: DiffusersPolicy, changes: dict[str, Any]

@@ -34,7 +34,7 @@ from tests.tiny_families import (
 )
 from tests.tiny_policy import scatter
 
-pytestmark = pytest.mark.rotated(every=2)
+pytestmark = pytest.mark.rotated(every=5)
 
 SEEDS = [3, 4, 5, 6]
 

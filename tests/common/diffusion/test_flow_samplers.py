@@ -119,6 +119,7 @@ SAMPLING_ERROR = (4 / math.sqrt(20_000), 4 / math.sqrt(2 * 20_000))  # four stan
 DISCRETIZATION = (0.01, 0.03)  # of 150 steps
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize(
     ("kind", "level"), [("flow", 0.7), ("flow", 1.0), ("dance", 0.3), ("dance", 1.0), ("cps", small_angle(MANY))]
@@ -180,6 +181,7 @@ def test_the_papers_clip_range_of_cps_is_ours_over_twice_the_variance() -> None:
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image", "z_image", "flux2_klein", "sana", "digits:Digits"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ratio_is_exactly_one_and_bits_are_the_samplers(family: str, kind: str, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import FROM_OUTSIDE, MAKERS, VIDEO, policy_table
 from tests.tiny_policy import scatter
 
+pytestmark = pytest.mark.rotated(every=5)
+
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=1.0, deterministic=True)
 SEEDS = [3, 4, 5]
 

@@ -192,6 +192,7 @@ def test_an_overflow_is_no_difference(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("keys", [{}, {"dtype": "bfloat16"}, {"train": "full"}], ids=str)
 def test_a_policys_gradients_and_log_probs_keep_their_bits(keys: dict, tiny_model: Path) -> None:
     replayed, eager = (tiny_policy(tiny_model, "learner", **keys) for _ in range(2))

@@ -71,6 +71,7 @@ def test_checkpointing_gives_the_same_bits(model: Path) -> None:
     assert_same_bits(ours(model, checkpointing=True), ours(model))
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     ("num_steps", "scale", "size"), [(3, 3.0, (16, 16)), (7, 1.0, (24, 12)), (8, 2.0, (12, 20))], ids=str
 )

@@ -50,6 +50,7 @@ def test_checkpointing_gives_the_same_bits(model: Path) -> None:
     assert_same_bits(ours(model, checkpointing=True), ours(model))
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     ("num_steps", "scale", "size", "dynamic"),
     [(3, 4.0, (32, 32), False), (7, 1.0, (48, 32), False), (4, 2.0, (32, 48), True)],

@@ -36,7 +36,7 @@ from tests.tiny_families import (
 from tests.tiny_flux2 import save_tiny_flux2_klein
 from tests.tiny_policy import scatter
 
-pytestmark = pytest.mark.rotated(every=3)
+pytestmark = pytest.mark.rotated(every=5)
 
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]

@@ -257,6 +257,7 @@ def test_only_adapters_are_merged() -> None:
         StableDiffusion(model="tiny_animals", train="full", merge_adapters=True)
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize("ends_at_image", [True, False, None])
 @pytest.mark.parametrize(
     "keys",

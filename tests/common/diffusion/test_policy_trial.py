@@ -201,6 +201,7 @@ def learned(config: MyShapes, folder: Path, algorithm: str = "ddpo_is") -> Polic
     return policy
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize("mistake", SAMPLING_MISTAKES)
 def test_a_mistake_in_sampling_is_named_with_what_was_expected(mistake: str, model: str) -> None:
     methods, message = SAMPLING_MISTAKES[mistake]
@@ -245,6 +246,7 @@ def taking_other_steps(model: str, methods: dict[str, Any]) -> MyShapes:
     return type("OtherSteps", (type(made),), {"takes_other_steps": True})(model=model)
 
 
+@pytest.mark.rotated(every=4)
 @pytest.mark.parametrize("mistake", LEARNING_MISTAKES)
 def test_a_mistake_in_learning_or_files_is_named_with_what_was_expected(
     mistake: str, model: str, tmp_path: Path

@@ -42,6 +42,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize("family", EXPECTED)  # a Wan from images reads 512 tokens
 def test_each_text_encoder_says_how_many_it_cuts_and_where(family: str, tmp_path: Path) -> None:
     config = build(POLICIES, policy_table(family, MAKERS[family](tmp_path / "model")), "policy")

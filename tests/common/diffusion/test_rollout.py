@@ -41,6 +41,7 @@ def trajectory(policy: StableDiffusionPolicy) -> Trajectory:
     return sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING)
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize(
     ("network", "stored"),
     [

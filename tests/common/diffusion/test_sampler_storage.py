@@ -76,6 +76,7 @@ def test_adapters_arrive_unrounded(tiny_model: Path) -> None:
     assert all(parameter.dtype == torch.float32 for parameter in trained_parameters(policy.network).values())
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize("algorithm", [{"name": "rwr"}, {"name": "ddpo_is", "off_policy": {"ratio": "proximal"}}])
 def test_a_round_is_learned_from_and_its_weights_are_checked(tables: dict, algorithm: dict) -> None:
     components = components_with({**tables, "algorithm": algorithm}, policy__sampler_storage="float8_e4m3fn", **SMALL)

@@ -95,6 +95,7 @@ def test_the_learner_computes_exact_log_probs_of_prompts_with_different_numbers_
     assert any(each.grad is not None and each.grad.any() for each in learner.network.parameters())
 
 
+@pytest.mark.rotated(every=2)
 def test_every_image_of_a_list_and_their_order_move_the_distribution(
     family: tuple[str, Path], prompts: list[Prompt]
 ) -> None:

@@ -120,6 +120,7 @@ def test_a_samplers_and_a_learners_peaks_are_predicted_for_every_family(
     assert sizes.learner.of(2) == pytest.approx(held + peak_bytes(step), rel=0.1)
 
 
+@pytest.mark.rotated(every=2)
 @pytest.mark.parametrize(
     "keys", [{}, {"lora": LoraSettings(rank=7, target_modules=("to_q",))}, {"train": "full"}], ids=str
 )

@@ -1,12 +1,16 @@
 """The cache of counted sizes: used by `ddpo plan` alone, and never in the way."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
 from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes
 from ray_ddpo.common.diffusion.memory.sizes import PolicySizes
 from ray_ddpo.common.diffusion.memory.sizes_cache import FOLDER_VARIABLE, cached_sizes, sizes_cache
+from tests.tiny_policy import SAMPLING
 
 SIZES = PolicySizes(
     latent_shape=(4, 16, 16),
@@ -44,6 +48,19 @@ def test_sizes_are_counted_once_per_key_and_come_back_equal(folder: Path) -> Non
     with sizes_cache():
         assert [cached_sizes("a", count), cached_sizes("a", count), cached_sizes("b", count)] == [SIZES] * 3
     assert count.calls == 2 and len(list(folder.iterdir())) == 2
+
+
+def test_a_copy_of_a_model_is_counted_again_only_if_its_configuration_differs(
+    folder: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    scheduler = copy / "scheduler/scheduler_config.json"
+    with sizes_cache():
+        found = [StableDiffusion(model=str(model)).sizes(SAMPLING, "cpu") for model in (tiny_model, copy)]
+        assert found[0] == found[1] and len(list(folder.iterdir())) == 1
+        scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"set_alpha_to_one": True}))
+        assert StableDiffusion(model=str(copy)).sizes(SAMPLING, "cpu").stochastic_steps == found[0].stochastic_steps - 1
+        assert len(list(folder.iterdir())) == 2
 
 
 def test_nothing_is_cached_outside_the_block(folder: Path) -> None:

@@ -49,6 +49,7 @@ def euler(scheduler: Any) -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(shift=scheduler.config.get("flow_shift") or scheduler.config.shift)
 
 
+@pytest.mark.rotated(every=5)
 @pytest.mark.parametrize(("scale", "num_steps"), [(3.0, 4), (1.0, 7)])
 @pytest.mark.parametrize("own_solver", [True, False])
 def test_latents_equal_those_of_diffusers_whatever_the_scheduler(
@@ -75,6 +76,7 @@ def test_latents_equal_those_of_diffusers_whatever_the_scheduler(
     assert difference.max() <= 1 and (difference > 0).mean() < 0.005
 
 
+@pytest.mark.rotated(every=3)
 def test_a_number_of_frames_that_the_decoder_cannot_make_is_refused_with_its_neighbours(
     family: tuple[str, Path],
 ) -> None:
@@ -113,6 +115,7 @@ def test_in_half_precision_sampler_and_learner_keep_the_weights_that_diffusers_k
 EXPERTS = [("high_noise", [0, 1, 2, 3]), ("low_noise", [4, 5]), ("both", [0, 1, 2, 3, 4, 5])]
 
 
+@pytest.mark.rotated(every=3)
 @pytest.mark.parametrize(("expert", "own"), EXPERTS)
 def test_experts_of_wan_2_2_are_trained_on_their_own_steps_and_load_in_diffusers(
     expert: str, own: list[int], tmp_path: Path
