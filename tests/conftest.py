@@ -21,9 +21,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from moto.server import ThreadedMotoServer  # noqa: E402
 
-from tests import shape_checks  # noqa: E402
-
-shape_checks.install()  # before the program is imported
 from ray_ddpo.common.diffusion.memory.sizes_cache import sizes_cache  # noqa: E402
 from ray_ddpo.common.recipe.recipe import Recipe  # noqa: E402
 from tests.system.forked_workers import forked_workers, forking_process  # noqa: E402
