@@ -31,11 +31,7 @@ class EvalSet:
     @property
     def in_words(self) -> str:
         """Name the images: `64 held-out images`, or `96 of the 192 images of the suite shapes`."""
-        count = len(self.seeds)
-        if self.suite is None:
-            return f"{count} held-out images"
-        which = f"{count} of the {self.suite_images}" if count < self.suite_images else f"all {count}"
-        return f"{which} images of the suite {self.suite.name}"
+        return images_in_words(len(self.seeds), self.suite, self.suite_images)
 
     @property
     def parts(self) -> list[slice]:
@@ -63,11 +59,10 @@ def build_eval_set(table: EvaluationTable, source: PromptSource) -> EvalSet:
     """Choose prompts and seeds from `[evaluation]`.
 
     Prompts are those of the suite, else of `evaluation.prompts`, else the held-out prompts of the source, else all of
-    its prompts.
-    They are repeated in turn until there are enough images. Of more prompts than images, some are taken at equal
-    distances, because lists are often sorted. If the source is a function and lists no prompts, they
-    are sampled from the function with seeds that training never uses. Fewer images than a suite has are some of the
-    suite's images, with their seeds.
+    its prompts. They are repeated in turn until there are enough images. Of more prompts than images, some are taken at
+    equal distances, because lists are often sorted. If the source is a function and lists no prompts, they are sampled
+    from the function with seeds that training never uses. Fewer images than a suite has are some of the suite's
+    images, with their seeds.
 
     Raises:
         ValueError: the suite's prompts were not fetched, or it has fewer images than are asked for.
@@ -87,6 +82,13 @@ def build_eval_set(table: EvaluationTable, source: PromptSource) -> EvalSet:
     seeds = [image_seed(table.seed, stream, 0, number) for number in numbers]
     all_images = len(chosen) * table.followed.images_per_prompt if table.followed else 0
     return EvalSet(tuple(prompts), tuple(seeds), table.batch_size, table.followed, all_images)
+
+
+def images_in_words(count: int, suite: Suite | None, suite_images: int) -> str:
+    if suite is None:
+        return f"{count} held-out images"
+    which = f"{count} of the {suite_images}" if count < suite_images else f"all {count}"
+    return f"{which} images of the suite {suite.name}"
 
 
 def num_images(table: EvaluationTable, num_prompts: int) -> int:

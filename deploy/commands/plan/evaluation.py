@@ -2,9 +2,10 @@
 
 import math
 
-from ray_ddpo.actors.evaluation.eval_set import build_eval_set
+from ray_ddpo.actors.evaluation.eval_set import images_in_words, num_images
 from ray_ddpo.common.diffusion.deterministic_steps import network_steps
 from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.suite_prompts import followed_prompts
 from ray_ddpo.deploy.commands.plan.balance import RATE
 from ray_ddpo.deploy.commands.plan.numbers import Plan
 from ray_ddpo.deploy.driver.components import Components
@@ -24,14 +25,17 @@ def num_evaluations(recipe: Recipe) -> int:
 
 def evaluation_rows(components: Components, numbers: Plan) -> Rows:
     """Return the held-out images of a run and of an evaluation, with the share that they add and their time."""
-    recipe = components.recipe
-    chosen, times = build_eval_set(recipe.evaluation, components.prompts), num_evaluations(recipe)
+    recipe, table, times = components.recipe, components.recipe.evaluation, num_evaluations(components.recipe)
+    suite = table.followed
+    prompts = 0 if suite is None else len(followed_prompts(table))  # of the source, a plan needs no file
+    images = num_images(table, prompts)
+    named = images_in_words(images, suite, 0 if suite is None else prompts * suite.images_per_prompt)
     if not times:
-        return [("held-out images", f"{chosen.in_words}, in the report only")]
-    total = times * len(chosen.seeds)
+        return [("held-out images", f"{named}, in the report only")]
+    total = times * images
     share = total / (numbers.images * recipe.rounds)
-    said = f"{total} = {times} × {chosen.in_words}; {share:.0%} of the images in total come on top"
-    return [("held-out images", said), *_time_rows(components, numbers, chosen.num_tasks)]
+    said = f"{total} = {times} × {named}; {share:.0%} of the images in total come on top"
+    return [("held-out images", said), *_time_rows(components, numbers, math.ceil(images / table.batch_size))]
 
 
 def _time_rows(components: Components, numbers: Plan, tasks: int) -> Rows:
