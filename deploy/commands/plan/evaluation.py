@@ -17,9 +17,9 @@ Rows = list[tuple[str, str]]  # name and value
 
 def num_evaluations(recipe: Recipe) -> int:
     """Return how often a run samples its held-out images. With a moving average, each version but 0 counts twice."""
-    due = sum(recipe.evaluation.is_due(version, recipe.rounds) for version in range(1, recipe.rounds + 1))
-    if not due:
+    if not recipe.evaluation.every:
         return 0
+    due = math.ceil(recipe.rounds / recipe.evaluation.every)  # the last round is always evaluated
     return 1 + due * (1 if recipe.evaluation.ema_decay is None else 2)
 
 
