@@ -18,6 +18,10 @@ class Suite:
     images_per_prompt: int = 1
     mean_of_categories: bool = False  # or of prompts
 
+    def all_images(self, num_prompts: int) -> int:
+        """Return the images of the complete suite."""
+        return num_prompts * self.images_per_prompt
+
 
 _ALL = (
     Suite(

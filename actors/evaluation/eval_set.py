@@ -80,11 +80,12 @@ def build_eval_set(table: EvaluationTable, source: PromptSource) -> EvalSet:
         sample_prompt = source.load()
         prompts = [sample_prompt(np.random.default_rng([table.seed, int(stream), image])) for image in numbers]
     seeds = [image_seed(table.seed, stream, 0, number) for number in numbers]
-    all_images = len(chosen) * table.followed.images_per_prompt if table.followed else 0
+    all_images = table.followed.all_images(len(chosen)) if table.followed else 0
     return EvalSet(tuple(prompts), tuple(seeds), table.batch_size, table.followed, all_images)
 
 
 def images_in_words(count: int, suite: Suite | None, suite_images: int) -> str:
+    """Name so many held-out images, which are some of the suite's if there is one."""
     if suite is None:
         return f"{count} held-out images"
     which = f"{count} of the {suite_images}" if count < suite_images else f"all {count}"
@@ -95,7 +96,7 @@ def num_images(table: EvaluationTable, num_prompts: int) -> int:
     """Return the images of an evaluation of so many prompts. Raise ValueError if they are more than the suite's."""
     if table.followed is None:
         return table.images or IMAGES
-    all_images = num_prompts * table.followed.images_per_prompt
+    all_images = table.followed.all_images(num_prompts)
     if (table.images or 0) > all_images:
         raise ValueError(
             f"evaluation.images is {table.images}, and the suite {table.suite!r} has {all_images} images, "

@@ -146,10 +146,8 @@ def build_components(recipe: Recipe, given: Given = NOTHING_GIVEN, used: Collect
     check_packages(components, used)
     if "reward" in used:
         check_clips(recipe, components.policy, components.rewards | components.scorers)
-        if recipe.evaluation.followed:
-            build_eval_set(
-                recipe.evaluation, components.prompts
-            )  # so that prompts that were not fetched are named early
+        if recipe.evaluation.followed:  # so that prompts that were not fetched are named early
+            build_eval_set(recipe.evaluation, components.prompts)
     call_if_own(components.policy, POLICIES, "check")
     components.policy.lora_files()
     check_held_out_steps(recipe, components.policy)

@@ -32,9 +32,7 @@ class VersionStats:
     images: dict[str, float]  # means over the images: dark_share, and those of SHARES
     kl_reference_nats: float | None = None  # of a denoising step, to the pretrained model; None: not measured
     saturation: float | None = None  # share of the images with the best possible reward; None: it has no bound
-    means: dict[str, float] = field(
-        default_factory=dict
-    )  # by reward and scorer, by the rule of a suite if there is one
+    means: dict[str, float] = field(default_factory=dict)  # of `scores`, by the rule of the suite that is followed
 
 
 @dataclass(frozen=True)

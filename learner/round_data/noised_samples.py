@@ -52,7 +52,7 @@ class NoisedSamples:
             clean,
             to_device(torch.stack([noise for _, noise in sampled]), of.device),
             of.advantages[images],
-            groups=self.groups(indices).to(of.device) if self.sharing_images > 1 else None,
+            groups=to_device(self.groups(indices), of.device) if self.sharing_images > 1 else None,
         )
 
     def groups(self, indices: Int[Tensor, "B 2"]) -> Int[Tensor, "B"]:

@@ -277,9 +277,8 @@ class DiffusersConfig(PolicyConfig):
             self.check()
             configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}
             files, is_own = configuration_files(self), bool(self.user_modules())
-            keys = self.model_dump_json(
-                exclude={"model"} if files and not is_own else None
-            )  # a copy has the same sizes
+            # A copy in another folder has the same sizes.
+            keys = self.model_dump_json(exclude={"model"} if files and not is_own else None)
             read = json.dumps([configs, files], sort_keys=True, default=dict)
             model = f"{type(self).__module__}:{type(self).__qualname__}\n{keys}\n{read}"
 

@@ -29,7 +29,7 @@ def evaluation_rows(components: Components, numbers: Plan) -> Rows:
     suite = table.followed
     prompts = 0 if suite is None else len(followed_prompts(table))  # of the source, a plan needs no file
     images = num_images(table, prompts)
-    named = images_in_words(images, suite, 0 if suite is None else prompts * suite.images_per_prompt)
+    named = images_in_words(images, suite, 0 if suite is None else suite.all_images(prompts))
     if not times:
         return [("held-out images", f"{named}, in the report only")]
     total = times * images
